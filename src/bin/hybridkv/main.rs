@@ -1,0 +1,3 @@
+//! The `hybridkv` command.
+
+fn main() {}

@@ -1,0 +1,519 @@
+//! Devices: memory, streams and events, on a CUDA GPU or on the CPU, behind one small trait.
+//!
+//! A [`Device`] is a cheap handle. Owned objects ([`DeviceBuffer`], [`PinnedBuffer`], [`Stream`],
+//! [`Event`]) keep it alive and release themselves; foreign streams and pointers are used as they are,
+//! by [`StreamRef`] and plain addresses. Addresses are `u64` on both devices: on the CPU device "device
+//! memory" is host memory, streams execute in submission order at the time of submission, and an event
+//! is complete when it was recorded.
+
+pub mod cpu;
+pub mod cuda;
+
+use std::ffi::c_void;
+use std::fmt;
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// Which kind of device a [`Device`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DeviceKind {
+    /// The host processor, running the reference code.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+/// What a device is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Kind of the device.
+    pub kind: DeviceKind,
+    /// Marketing name, or the processor's.
+    pub name: String,
+    /// Compute capability, `(0, 0)` on the CPU.
+    pub compute_capability: (u32, u32),
+    /// Streaming multiprocessors, or processor cores.
+    pub multiprocessors: u32,
+    /// Device memory in bytes (host memory on the CPU).
+    pub memory_bytes: u64,
+    /// L2 cache in bytes (0 on the CPU).
+    pub l2_bytes: u64,
+    /// Shared memory a CTA may opt in to, in bytes (0 on the CPU).
+    pub shared_memory_bytes: u32,
+    /// CUDA version of the driver as `1000 * major + 10 * minor` (0 on the CPU).
+    pub driver_version: u32,
+}
+
+/// Direction-free copy between any two addresses of a device's address space (device or pinned host).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CopyRegion {
+    /// Source address.
+    pub src: u64,
+    /// Destination address.
+    pub dst: u64,
+    /// Bytes to copy.
+    pub bytes: usize,
+}
+
+/// The operations every device offers. Raw handles; the owned types below give them lifetimes.
+///
+/// # Safety
+/// Implementations must keep what each function promises; handles passed in must come from the same
+/// device and be live.
+pub unsafe trait Backend: Send + Sync {
+    /// What the device is.
+    fn info(&self) -> &DeviceInfo;
+    /// Device memory, at least 256-byte aligned, uninitialised.
+    fn alloc(&self, bytes: usize) -> Result<u64>;
+    /// Frees [`Backend::alloc`] memory after all work submitted to the device has finished with it.
+    ///
+    /// # Safety
+    /// `address` comes from `alloc` and is not used afterwards.
+    unsafe fn free(&self, address: u64, bytes: usize);
+    /// Page-locked host memory, mapped at the same address on the device, zeroed, 4 KiB aligned.
+    fn alloc_pinned(&self, bytes: usize) -> Result<u64>;
+    /// Frees [`Backend::alloc_pinned`] memory.
+    ///
+    /// # Safety
+    /// `address` comes from `alloc_pinned` and is not used afterwards, by the device neither.
+    unsafe fn free_pinned(&self, address: u64, bytes: usize);
+    /// A new non-blocking stream.
+    fn stream_create(&self) -> Result<*mut c_void>;
+    /// Destroys a stream once its work is done.
+    ///
+    /// # Safety
+    /// `stream` comes from `stream_create` and is not used afterwards.
+    unsafe fn stream_destroy(&self, stream: *mut c_void);
+    /// Blocks until all work of the stream is done.
+    ///
+    /// # Safety
+    /// `stream` is live.
+    unsafe fn stream_synchronize(&self, stream: *mut c_void) -> Result<()>;
+    /// A new event; `timed` ones can be passed to [`Backend::event_elapsed_ms`].
+    fn event_create(&self, timed: bool) -> Result<*mut c_void>;
+    /// Destroys an event.
+    ///
+    /// # Safety
+    /// `event` comes from `event_create` and is not used afterwards.
+    unsafe fn event_destroy(&self, event: *mut c_void);
+    /// Records the event behind all work submitted to the stream so far.
+    ///
+    /// # Safety
+    /// Both handles are live.
+    unsafe fn event_record(&self, event: *mut c_void, stream: *mut c_void) -> Result<()>;
+    /// Whether the work before the last record is done; true when never recorded.
+    ///
+    /// # Safety
+    /// `event` is live.
+    unsafe fn event_is_complete(&self, event: *mut c_void) -> Result<bool>;
+    /// Blocks the calling thread until the event is complete.
+    ///
+    /// # Safety
+    /// `event` is live.
+    unsafe fn event_synchronize(&self, event: *mut c_void) -> Result<()>;
+    /// Milliseconds between two recorded, timed, complete events.
+    ///
+    /// # Safety
+    /// Both events are live and were created as timed.
+    unsafe fn event_elapsed_ms(&self, start: *mut c_void, end: *mut c_void) -> Result<f32>;
+    /// Makes later work of the stream wait for the event, without blocking the host.
+    ///
+    /// # Safety
+    /// Both handles are live.
+    unsafe fn stream_wait_event(&self, stream: *mut c_void, event: *mut c_void) -> Result<()>;
+    /// Copies in stream order between device and pinned host memory, in any direction.
+    ///
+    /// # Safety
+    /// Both ranges are valid until the stream has passed the copy and do not overlap.
+    unsafe fn copy(&self, region: CopyRegion, stream: *mut c_void) -> Result<()>;
+    /// Fills device or pinned memory with a byte, in stream order.
+    ///
+    /// # Safety
+    /// The range is valid until the stream has passed the fill.
+    unsafe fn fill(&self, address: u64, byte: u8, bytes: usize, stream: *mut c_void) -> Result<()>;
+    /// The CUDA side of the device, or `None` on the CPU.
+    fn as_cuda(&self) -> Option<&cuda::CudaDevice> {
+        None
+    }
+}
+
+/// A device to allocate on and to submit work to. Clones are handles to the same device.
+#[derive(Clone)]
+pub struct Device {
+    backend: Arc<dyn Backend>,
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Device").field(self.info()).finish()
+    }
+}
+
+impl Device {
+    /// The CPU device: always there, runs every operation from the reference code.
+    pub fn cpu() -> Self {
+        Self { backend: Arc::new(cpu::CpuDevice::new()) }
+    }
+
+    /// The CUDA device of this ordinal, on its primary context.
+    ///
+    /// # Errors
+    /// `NoDriver`, `DriverTooOld`, `NoDevice`, or the driver's own error.
+    pub fn cuda(ordinal: usize) -> Result<Self> {
+        cuda::CudaDevice::open(ordinal).map(|_| todo!())
+    }
+
+    /// What the device is.
+    pub fn info(&self) -> &DeviceInfo {
+        self.backend.info()
+    }
+
+    /// Whether this is a CUDA device.
+    pub fn is_cuda(&self) -> bool {
+        self.info().kind == DeviceKind::Cuda
+    }
+
+    /// The raw operations.
+    pub fn backend(&self) -> &dyn Backend {
+        &*self.backend
+    }
+
+    /// Uninitialised device memory, at least 256-byte aligned. Zero bytes are allowed.
+    pub fn alloc(&self, bytes: usize) -> Result<DeviceBuffer> {
+        let address = if bytes == 0 { 0 } else { self.backend.alloc(bytes)? };
+        Ok(DeviceBuffer { device: self.clone(), address, bytes })
+    }
+
+    /// Device memory filled from a host slice (blocking).
+    pub fn upload<T: bytemuck::Pod>(&self, data: &[T]) -> Result<DeviceBuffer> {
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        let mut staging = self.alloc_pinned(bytes.len())?;
+        staging.as_mut_slice().copy_from_slice(bytes);
+        let buffer = self.alloc(bytes.len())?;
+        let stream = self.stream()?;
+        // SAFETY: both buffers outlive the synchronisation below.
+        unsafe {
+            stream.as_ref().copy(staging.address(), buffer.address(), bytes.len())?;
+        }
+        stream.as_ref().synchronize()?;
+        Ok(buffer)
+    }
+
+    /// Zeroed, page-locked host memory that the device reads and writes at the same address.
+    pub fn alloc_pinned(&self, bytes: usize) -> Result<PinnedBuffer> {
+        let address = if bytes == 0 { 0 } else { self.backend.alloc_pinned(bytes)? };
+        Ok(PinnedBuffer { device: self.clone(), address, bytes })
+    }
+
+    /// A new stream.
+    pub fn stream(&self) -> Result<Stream> {
+        Ok(Stream { raw: self.backend.stream_create()?, device: self.clone() })
+    }
+
+    /// A new event for ordering work.
+    pub fn event(&self) -> Result<Event> {
+        Ok(Event { raw: self.backend.event_create(false)?, device: self.clone() })
+    }
+
+    /// A new event that also takes the time.
+    pub fn timed_event(&self) -> Result<Event> {
+        Ok(Event { raw: self.backend.event_create(true)?, device: self.clone() })
+    }
+
+    /// A stream of somebody else, by its raw handle (`CUstream` / `cudaStream_t`).
+    ///
+    /// # Safety
+    /// `raw` is a live stream of this device's context for as long as the reference is used. The null
+    /// (legacy default) stream is allowed.
+    pub unsafe fn foreign_stream(&self, raw: *mut c_void) -> StreamRef<'_> {
+        StreamRef { raw, device: self }
+    }
+}
+
+/// Owned device memory. Dropping it waits for the device before the memory is given back.
+pub struct DeviceBuffer {
+    device: Device,
+    address: u64,
+    bytes: usize,
+}
+
+impl DeviceBuffer {
+    /// Device address of the first byte.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether the buffer has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// The buffer as an address range.
+    pub fn span(&self) -> Span {
+        Span { address: self.address, bytes: self.bytes as u64 }
+    }
+
+    /// Copies the buffer to the host as values of `T` (blocking).
+    ///
+    /// # Errors
+    /// The length is no multiple of `T`, or the copy fails.
+    pub fn download<T: bytemuck::Pod>(&self) -> Result<Vec<T>> {
+        let size = size_of::<T>();
+        if !self.bytes.is_multiple_of(size) {
+            return Err(Error::invalid(
+                "download",
+                format!(
+                    "a buffer of {} bytes holds no whole number of {size}-byte values",
+                    self.bytes
+                ),
+            ));
+        }
+        let staging = self.device.alloc_pinned(self.bytes)?;
+        let stream = self.device.stream()?;
+        // SAFETY: both buffers outlive the synchronisation below.
+        unsafe {
+            stream.as_ref().copy(self.address, staging.address(), self.bytes)?;
+        }
+        stream.as_ref().synchronize()?;
+        Ok(bytemuck::pod_collect_to_vec(staging.as_slice()))
+    }
+}
+
+impl Drop for DeviceBuffer {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            // SAFETY: the address came from `alloc` of this device and is dropped once.
+            unsafe { self.device.backend.free(self.address, self.bytes) }
+        }
+    }
+}
+
+/// Owned page-locked host memory, visible to the device at the same address.
+pub struct PinnedBuffer {
+    device: Device,
+    address: u64,
+    bytes: usize,
+}
+
+impl PinnedBuffer {
+    /// Address of the first byte, for host and device alike.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether the buffer has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// The buffer as an address range.
+    pub fn span(&self) -> Span {
+        Span { address: self.address, bytes: self.bytes as u64 }
+    }
+
+    /// The bytes. What a device is writing at this moment may be seen torn; order reads behind an event.
+    pub fn as_slice(&self) -> &[u8] {
+        if self.bytes == 0 {
+            return &[];
+        }
+        // SAFETY: the allocation is live, initialised (zeroed when made) and `bytes` long.
+        unsafe { std::slice::from_raw_parts(self.address as *const u8, self.bytes) }
+    }
+
+    /// The bytes, to write to.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        if self.bytes == 0 {
+            return &mut [];
+        }
+        // SAFETY: as in `as_slice`; the exclusive borrow is of the only owner.
+        unsafe { std::slice::from_raw_parts_mut(self.address as *mut u8, self.bytes) }
+    }
+}
+
+impl Drop for PinnedBuffer {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            // SAFETY: the address came from `alloc_pinned` of this device and is dropped once.
+            unsafe { self.device.backend.free_pinned(self.address, self.bytes) }
+        }
+    }
+}
+
+// SAFETY: the raw handles inside are usable from any thread (the CUDA driver API is thread safe).
+unsafe impl Send for Stream {}
+// SAFETY: as above.
+unsafe impl Sync for Stream {}
+// SAFETY: as above.
+unsafe impl Send for Event {}
+// SAFETY: as above.
+unsafe impl Sync for Event {}
+
+/// An owned stream.
+pub struct Stream {
+    raw: *mut c_void,
+    device: Device,
+}
+
+impl Stream {
+    /// A borrow of the stream to submit work to.
+    pub fn as_ref(&self) -> StreamRef<'_> {
+        StreamRef { raw: self.raw, device: &self.device }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // SAFETY: the handle came from `stream_create` and is dropped once.
+        unsafe { self.device.backend.stream_destroy(self.raw) }
+    }
+}
+
+/// A stream to submit work to, owned by somebody else.
+#[derive(Clone, Copy)]
+pub struct StreamRef<'a> {
+    raw: *mut c_void,
+    device: &'a Device,
+}
+
+impl<'a> StreamRef<'a> {
+    /// The raw handle (`CUstream` on CUDA).
+    pub fn raw(&self) -> *mut c_void {
+        self.raw
+    }
+
+    /// The device of the stream.
+    pub fn device(&self) -> &'a Device {
+        self.device
+    }
+
+    /// Blocks until all work of the stream is done.
+    pub fn synchronize(&self) -> Result<()> {
+        // SAFETY: the stream is live while it is borrowed.
+        unsafe { self.device.backend.stream_synchronize(self.raw) }
+    }
+
+    /// Makes later work of this stream wait for the event.
+    pub fn wait(&self, event: &Event) -> Result<()> {
+        // SAFETY: both are live while they are borrowed.
+        unsafe { self.device.backend.stream_wait_event(self.raw, event.raw) }
+    }
+
+    /// Records the event behind the work submitted so far.
+    pub fn record(&self, event: &Event) -> Result<()> {
+        // SAFETY: both are live while they are borrowed.
+        unsafe { self.device.backend.event_record(event.raw, self.raw) }
+    }
+
+    /// Copies `bytes` from `src` to `dst` in stream order; device or pinned host on either side.
+    ///
+    /// # Safety
+    /// Both ranges are valid until the stream has passed the copy, and do not overlap.
+    pub unsafe fn copy(&self, src: u64, dst: u64, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: passed on from the caller.
+        unsafe { self.device.backend.copy(CopyRegion { src, dst, bytes }, self.raw) }
+    }
+
+    /// Fills `bytes` bytes from `address` on with `byte`, in stream order.
+    ///
+    /// # Safety
+    /// The range is valid until the stream has passed the fill.
+    pub unsafe fn fill(&self, address: u64, byte: u8, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: passed on from the caller.
+        unsafe { self.device.backend.fill(address, byte, bytes, self.raw) }
+    }
+}
+
+/// An owned event.
+pub struct Event {
+    raw: *mut c_void,
+    device: Device,
+}
+
+impl Event {
+    /// Whether the work before the last record is done; true when it was never recorded.
+    pub fn is_complete(&self) -> Result<bool> {
+        // SAFETY: the event is live.
+        unsafe { self.device.backend.event_is_complete(self.raw) }
+    }
+
+    /// Blocks the calling thread until the event is complete.
+    pub fn synchronize(&self) -> Result<()> {
+        // SAFETY: the event is live.
+        unsafe { self.device.backend.event_synchronize(self.raw) }
+    }
+
+    /// Milliseconds from `start` to this event. Both were made by [`Device::timed_event`], recorded
+    /// and are complete.
+    pub fn elapsed_ms_since(&self, start: &Event) -> Result<f32> {
+        // SAFETY: both events are live; the driver refuses untimed or unrecorded ones.
+        unsafe { self.device.backend.event_elapsed_ms(start.raw, self.raw) }
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: the handle came from `event_create` and is dropped once.
+        unsafe { self.device.backend.event_destroy(self.raw) }
+    }
+}
+
+/// An address range of a device's address space: what a launcher checks strides against.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Span {
+    /// Address of the first byte; 0 stands for "not given" where that is allowed.
+    pub address: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+}
+
+impl Span {
+    /// The range `[address, address + bytes)`.
+    pub fn new(address: u64, bytes: u64) -> Self {
+        Self { address, bytes }
+    }
+
+    /// Whether nothing was given.
+    pub fn is_null(&self) -> bool {
+        self.address == 0
+    }
+
+    /// Checks that the range holds `needed` bytes and starts at a multiple of `align`.
+    ///
+    /// # Errors
+    /// `InvalidArgument`, naming `what`, what was given and what is needed.
+    pub fn check(&self, op: &'static str, what: &str, needed: u64, align: u64) -> Result<()> {
+        if needed > 0 && self.is_null() {
+            return Err(Error::new(op, ErrorKind::InvalidArgument(format!("{what} is null"))));
+        }
+        if !self.address.is_multiple_of(align) {
+            return Err(Error::invalid(
+                op,
+                format!("{what} at {:#x} is not aligned to {align} bytes", self.address),
+            ));
+        }
+        if self.bytes < needed {
+            return Err(Error::invalid(
+                op,
+                format!("{what} has {} bytes, {needed} are needed", self.bytes),
+            ));
+        }
+        Ok(())
+    }
+}

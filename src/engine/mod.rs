@@ -1,0 +1,1 @@
+//! Executes the manager's transfers on a device: owns streams, events and the host arena.

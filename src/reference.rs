@@ -1,0 +1,1 @@
+//! The reference: f64, the dumbest correct code.
