@@ -1,3 +1,85 @@
-//! The `hybridkv` command.
+//! The `hybridkv` command: one subcommand per module, each with its own arguments and its own `main`.
 
-fn main() {}
+mod bench;
+mod plan;
+mod report;
+mod run;
+mod validate;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use hybridkv::device::Device;
+use hybridkv::error::{Error, ErrorKind, Result};
+
+/// Hybrid, hierarchical KV caches: kernels, manager, and the proofs that they are right.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve conversations against a device pool too small for them, verifying every step.
+    Run(run::Args),
+    /// Say how many tokens a model, a GPU and a memory budget hold.
+    Plan(plan::Args),
+    /// Check every kernel against the f64 reference on randomised cases.
+    Validate(validate::Args),
+    /// Time the kernels beside the machine's own limits.
+    Bench(bench::Args),
+    /// Read committed reports: tables, and which are stale.
+    Report(report::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Run(args) => run::main(&args),
+        Command::Plan(args) => plan::main(&args),
+        Command::Validate(args) => validate::main(&args),
+        Command::Bench(args) => bench::main(&args),
+        Command::Report(args) => report::main(&args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// The device named on the command line: `cpu`, `cuda:N`, or `auto` (the first GPU that this build has
+/// kernels for, else the CPU, saying so).
+pub(crate) fn open_device(name: &str) -> Result<Device> {
+    match name {
+        "cpu" => Ok(Device::cpu()),
+        "auto" => match Device::cuda(0) {
+            Ok(device) => Ok(device),
+            Err(error) => {
+                let expected = matches!(
+                    error.kind(),
+                    ErrorKind::NoDriver | ErrorKind::NoKernels | ErrorKind::NoDevice { .. }
+                );
+                if !expected {
+                    return Err(error);
+                }
+                eprintln!("using the CPU device: {error}");
+                Ok(Device::cpu())
+            }
+        },
+        _ => {
+            let ordinal = match name.strip_prefix("cuda") {
+                Some("") => Some(0),
+                Some(rest) => rest.strip_prefix(':').and_then(|n| n.parse().ok()),
+                None => None,
+            };
+            match ordinal {
+                Some(ordinal) => Device::cuda(ordinal),
+                None => Err(Error::unsupported("device", "device", name, "auto, cpu, cuda:N")),
+            }
+        }
+    }
+}

@@ -1,0 +1,14 @@
+//! `hybridkv run`.
+
+use std::process::ExitCode;
+
+use hybridkv::error::{Error, Result};
+
+/// Arguments of `hybridkv run`.
+#[derive(Debug, clap::Args)]
+pub struct Args {}
+
+/// Runs the subcommand.
+pub fn main(_args: &Args) -> Result<ExitCode> {
+    Err(Error::invalid("run", "this build does not have the subcommand"))
+}
