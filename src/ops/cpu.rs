@@ -1,0 +1,385 @@
+//! The operations on the CPU device, from the parameter blocks of the kernels, on host addresses.
+//!
+//! Every layout is served by its strides: keys and values are gathered through the block table into
+//! plain f64 arrays, and the reference does the rest. Blocks in which no query sees a key are never
+//! read, so that a test may fill them with NaN. (kv head, sequence) pairs are spread over the
+//! processor's cores when there is enough to do.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use crate::abi;
+use crate::layout::Dtype;
+use crate::reference::{self, Logits, State};
+use crate::spec::AttentionKind;
+
+/// Query-key pairs, times head_dim, below which starting threads costs more than it saves.
+const PARALLEL_WORK: usize = 1 << 20;
+
+/// Writes new K and V into their slots.
+///
+/// # Safety
+/// Every address in `p` is valid for what abi/params.h says that the kernel reads or writes there.
+pub(crate) unsafe fn append(p: &abi::hkv_append_params) {
+    // SAFETY: the caller vouches for every address in `p`; the offsets follow abi/params.h.
+    unsafe {
+        let window = &*p.windows.offset(p.layer as isize);
+        let slots = p.slot_mapping.offset(window.group as isize * p.num_tokens as isize);
+        let element = p.element_bytes as isize;
+        let bytes = (p.head_dim as isize * element) as usize;
+        for token in 0..p.num_tokens as i64 {
+            let slot = *slots.offset(token as isize);
+            if slot < 0 {
+                continue;
+            }
+            let (block, offset) = (slot >> p.block_shift, slot & ((1 << p.block_shift) - 1));
+            for head in 0..p.num_kv_heads as i64 {
+                let from = token * p.new_stride_token + head * p.new_stride_head;
+                let to = block * p.kv_stride_block
+                    + window.layer_slot as i64 * p.kv_stride_layer
+                    + head * p.kv_stride_head
+                    + offset * p.kv_stride_token;
+                for (source, target) in [(p.k_new, p.k), (p.v_new, p.v)] {
+                    std::ptr::copy_nonoverlapping(
+                        source.cast::<u8>().offset(from as isize * element),
+                        target.cast::<u8>().offset(to as isize * element),
+                        bytes,
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Attention of a batch over one layer; partial states when `num_splits` is more than 1.
+///
+/// # Safety
+/// Every address in `p` is valid for what abi/params.h says that the kernel reads or writes there, with
+/// elements of `dtype` and heads of `head_dim` of them.
+pub(crate) unsafe fn attention(p: &abi::hkv_attention_params, dtype: Dtype, head_dim: usize) {
+    // SAFETY: the caller vouches for every address in `p`; the offsets follow abi/params.h.
+    let batch = unsafe { Batch::new(p, dtype, head_dim) };
+    let items = batch.sequences.len() * p.num_kv_heads as usize;
+    let work: usize = batch.sequences.iter().map(|s| s.kv_len.max(0) as usize * s.q_len()).sum();
+    let work = work.saturating_mul(p.num_qo_heads as usize).saturating_mul(head_dim);
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(items);
+    if threads < 2 || work < PARALLEL_WORK {
+        // SAFETY: as above; this is the only thread that writes.
+        return (0..items).for_each(|item| unsafe { batch.attend(item) });
+    }
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                loop {
+                    match next.fetch_add(1, Ordering::Relaxed) {
+                        // SAFETY: as above; no two items write the same rows.
+                        item if item < items => unsafe { batch.attend(item) },
+                        _ => break,
+                    }
+                }
+            });
+        }
+    });
+}
+
+/// Merges partial states of the same rows.
+///
+/// # Safety
+/// Every address in `p` is valid for what abi/params.h says that the kernel reads or writes there.
+pub(crate) unsafe fn merge_states(p: &abi::hkv_merge_params) {
+    let (heads, dim) = (p.num_qo_heads as i64, p.head_dim as usize);
+    let rows = p.num_tokens as i64 * heads;
+    let (in_dtype, out_dtype) = (dtype_of(p.in_dtype), dtype_of(p.out_dtype));
+    for row in 0..rows {
+        let (token, head) = (row / heads, row % heads);
+        // SAFETY: the caller vouches for every address in `p`; the offsets follow abi/params.h.
+        unsafe {
+            let states: Vec<State> = (0..p.num_states as i64)
+                .map(|state| {
+                    let index = state * rows + row;
+                    let mut out = vec![0.0; dim];
+                    load(p.states.cast(), in_dtype, index * dim as i64, &mut out);
+                    State { out, lse: (*p.state_lse.offset(index as isize)).into() }
+                })
+                .collect();
+            let sink = optional(p.sink_logits, head);
+            let merged =
+                if states.is_empty() { State::empty(dim) } else { reference::merge(&states, sink) };
+            let to = token * p.out_stride_token + head * p.out_stride_head;
+            store(p.out.cast(), out_dtype, to, &merged.out);
+            if !p.lse.is_null() {
+                *p.lse.offset(row as isize) = merged.lse as f32;
+            }
+        }
+    }
+}
+
+/// Copies every fragment of a descriptor table.
+///
+/// # Safety
+/// `p` names a readable table, and every fragment in it valid, non-overlapping memory.
+pub(crate) unsafe fn move_blocks(p: &abi::hkv_move_params) {
+    for index in 0..p.num_copies {
+        // SAFETY: the caller vouches for the table and for the fragments in it.
+        unsafe {
+            let copy = &*p.copies.offset(index as isize);
+            std::ptr::copy_nonoverlapping(
+                copy.src.cast::<u8>(),
+                copy.dst.cast::<u8>(),
+                copy.bytes as usize,
+            );
+        }
+    }
+}
+
+/// One sequence of the batch: its query tokens and where its row of the block table is.
+struct Sequence {
+    first_token: i64,
+    end_token: i64,
+    kv_len: i64,
+    table: *const i32,
+    first_block: i64,
+}
+
+impl Sequence {
+    fn q_len(&self) -> usize {
+        (self.end_token - self.first_token).max(0) as usize
+    }
+
+    /// Absolute position of a query token (negative for padding before the start of the sequence).
+    fn position(&self, token: i64) -> i64 {
+        self.kv_len - (self.end_token - token)
+    }
+}
+
+struct Batch<'a> {
+    p: &'a abi::hkv_attention_params,
+    dtype: Dtype,
+    head_dim: usize,
+    kind: AttentionKind,
+    sink_tokens: u32,
+    layer_slot: i64,
+    sequences: Vec<Sequence>,
+}
+
+// SAFETY: the threads only read the batch and what its addresses name, and write disjoint rows.
+unsafe impl Sync for Batch<'_> {}
+
+impl<'a> Batch<'a> {
+    /// # Safety
+    /// As for [`attention`].
+    unsafe fn new(p: &'a abi::hkv_attention_params, dtype: Dtype, head_dim: usize) -> Self {
+        // SAFETY: the caller vouches for every address in `p`; the offsets follow abi/params.h.
+        unsafe {
+            let window = &*p.windows.offset(p.layer as isize);
+            let sequences = (0..p.num_seqs as isize)
+                .map(|s| {
+                    let row = window.group as isize * p.num_seqs as isize + s;
+                    Sequence {
+                        first_token: (*p.qo_indptr.offset(s)).into(),
+                        end_token: (*p.qo_indptr.offset(s + 1)).into(),
+                        kv_len: (*p.kv_len.offset(s)).into(),
+                        table: p.block_ids.offset(*p.block_row.offset(row) as isize),
+                        first_block: if p.first_block.is_null() {
+                            0
+                        } else {
+                            (*p.first_block.offset(row)).into()
+                        },
+                    }
+                })
+                .collect();
+            let extent = window.extent as u32;
+            let kind = match window.kind as u32 {
+                abi::HKV_LAYER_SLIDING => AttentionKind::Sliding { window: extent },
+                abi::HKV_LAYER_CHUNKED => AttentionKind::Chunked { chunk: extent },
+                _ => AttentionKind::Full,
+            };
+            let sink_tokens = window.sink_tokens as u32;
+            let layer_slot = window.layer_slot.into();
+            Self { p, dtype, head_dim, kind, sink_tokens, layer_slot, sequences }
+        }
+    }
+
+    fn sees(&self, query: i64, key: i64) -> bool {
+        reference::sees(self.kind, self.sink_tokens, query, key)
+    }
+
+    /// All query heads of one KV head of one sequence: item `sequence * num_kv_heads + kv_head`.
+    ///
+    /// # Safety
+    /// As for [`attention`]; no other thread has the same item.
+    unsafe fn attend(&self, item: usize) {
+        let p = self.p;
+        let sequence = &self.sequences[item / p.num_kv_heads as usize];
+        let kv_head = item as i64 % i64::from(p.num_kv_heads);
+        if sequence.q_len() == 0 {
+            return;
+        }
+        // A key is needed when the first query at or after it sees it: later ones see no more of the past.
+        let first_query = sequence.position(sequence.first_token);
+        let positions: Vec<i64> =
+            (0..sequence.kv_len).filter(|&key| self.sees(key.max(first_query), key)).collect();
+        let dim = self.head_dim;
+        let mut keys = vec![0.0; positions.len() * dim];
+        let mut values = vec![0.0; positions.len() * dim];
+        for (index, &position) in positions.iter().enumerate() {
+            let row = index * dim..(index + 1) * dim;
+            // SAFETY: the caller vouches for the table and for the blocks that it lists.
+            unsafe {
+                let at = self.address(sequence, kv_head, position);
+                load(p.k.cast(), self.dtype, at, &mut keys[row.clone()]);
+                load(p.v.cast(), self.dtype, at, &mut values[row]);
+            }
+        }
+        let group = i64::from(p.num_qo_heads / p.num_kv_heads);
+        let mut query = vec![0.0; dim];
+        for token in sequence.first_token..sequence.end_token {
+            let position = sequence.position(token);
+            let visible: Vec<usize> = (0..positions.len())
+                .filter(|&index| self.sees(position, positions[index]))
+                .collect();
+            for head in kv_head * group..(kv_head + 1) * group {
+                // SAFETY: the caller vouches for q and for the outputs; this row is only ours.
+                unsafe {
+                    let at = token * p.q_stride_token + head * p.q_stride_head;
+                    load(p.q.cast(), self.dtype, at, &mut query);
+                    self.row(token, head, &query, &keys, &values, &visible);
+                }
+            }
+        }
+    }
+
+    /// Offset in elements of a key (and of its value) from the pool's base.
+    ///
+    /// # Safety
+    /// The sequence's row of the block table lists the block of `position`.
+    unsafe fn address(&self, sequence: &Sequence, kv_head: i64, position: i64) -> i64 {
+        let p = self.p;
+        let block_size = 1i64 << p.block_shift;
+        let (block, offset) = (position / block_size, position % block_size);
+        let sink_blocks = (i64::from(self.sink_tokens) + block_size - 1) / block_size;
+        let index = if block < sink_blocks {
+            block
+        } else {
+            sink_blocks + block - sequence.first_block.max(sink_blocks)
+        };
+        // SAFETY: passed on from the caller.
+        let id = i64::from(unsafe { *sequence.table.offset(index as isize) });
+        id * p.kv_stride_block
+            + self.layer_slot * p.kv_stride_layer
+            + kv_head * p.kv_stride_head
+            + offset * p.kv_stride_token
+    }
+
+    /// Computes and writes one row: the final state, or one partial state per split.
+    ///
+    /// # Safety
+    /// The output rows of `token` and `head` are valid and nobody else's.
+    unsafe fn row(
+        &self,
+        token: i64,
+        head: i64,
+        query: &[f64],
+        keys: &[f64],
+        values: &[f64],
+        visible: &[usize],
+    ) {
+        let p = self.p;
+        let dim = self.head_dim as i64;
+        let row = token * i64::from(p.num_qo_heads) + head;
+        let mut logits =
+            Logits { sm_scale: p.sm_scale.into(), soft_cap: p.logits_soft_cap.into(), sink: None };
+        if p.num_splits > 1 {
+            let part = visible.len().div_ceil(p.num_splits as usize);
+            for split in 0..p.num_splits as usize {
+                let (from, to) = (split * part, (split + 1) * part);
+                let part = &visible[from.min(visible.len())..to.min(visible.len())];
+                let state = reference::attend(query, keys, values, part, logits);
+                let rows = i64::from(p.num_tokens) * i64::from(p.num_qo_heads);
+                let index = split as i64 * rows + row;
+                // SAFETY: passed on from the caller.
+                unsafe {
+                    store(p.partial_out.cast(), Dtype::F32, index * dim, &state.out);
+                    *p.partial_lse.offset(index as isize) = state.lse as f32;
+                }
+            }
+            return;
+        }
+        // SAFETY: passed on from the caller.
+        unsafe {
+            logits.sink = optional(p.sink_logits, head);
+            let state = reference::attend(query, keys, values, visible, logits);
+            let at = token * p.out_stride_token + head * p.out_stride_head;
+            store(p.out.cast(), self.dtype, at, &state.out);
+            if !p.lse.is_null() {
+                *p.lse.offset(row as isize) = state.lse as f32;
+            }
+        }
+    }
+}
+
+/// Element `index` of an array that may not be there.
+///
+/// # Safety
+/// `array` is null or has the element.
+unsafe fn optional(array: *const f32, index: i64) -> Option<f64> {
+    // SAFETY: passed on from the caller.
+    (!array.is_null()).then(|| unsafe { *array.offset(index as isize) }.into())
+}
+
+fn dtype_of(code: i32) -> Dtype {
+    match code as u32 {
+        abi::HKV_DTYPE_BF16 => Dtype::Bf16,
+        abi::HKV_DTYPE_F16 => Dtype::F16,
+        _ => Dtype::F32,
+    }
+}
+
+/// Reads `out.len()` elements from `base + offset` on.
+///
+/// # Safety
+/// They are readable and aligned.
+unsafe fn load(base: *const u8, dtype: Dtype, offset: i64, out: &mut [f64]) {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        let address = base.offset(offset as isize * dtype.bytes() as isize);
+        match dtype {
+            Dtype::Bf16 => std::slice::from_raw_parts(address.cast::<bf16>(), out.len())
+                .convert_to_f64_slice(out),
+            Dtype::F16 => std::slice::from_raw_parts(address.cast::<f16>(), out.len())
+                .convert_to_f64_slice(out),
+            Dtype::F32 => {
+                let source = std::slice::from_raw_parts(address.cast::<f32>(), out.len());
+                for (o, s) in out.iter_mut().zip(source) {
+                    *o = (*s).into();
+                }
+            }
+        }
+    }
+}
+
+/// Writes `values`, rounded to nearest even, from `base + offset` on.
+///
+/// # Safety
+/// The memory is writable, aligned and nobody else's at this moment.
+unsafe fn store(base: *mut u8, dtype: Dtype, offset: i64, values: &[f64]) {
+    // SAFETY: passed on from the caller.
+    unsafe {
+        let address = base.offset(offset as isize * dtype.bytes() as isize);
+        match dtype {
+            Dtype::Bf16 => std::slice::from_raw_parts_mut(address.cast::<bf16>(), values.len())
+                .convert_from_f64_slice(values),
+            Dtype::F16 => std::slice::from_raw_parts_mut(address.cast::<f16>(), values.len())
+                .convert_from_f64_slice(values),
+            Dtype::F32 => {
+                let target = std::slice::from_raw_parts_mut(address.cast::<f32>(), values.len());
+                for (t, v) in target.iter_mut().zip(values) {
+                    *t = *v as f32;
+                }
+            }
+        }
+    }
+}
