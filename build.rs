@@ -26,6 +26,11 @@ use std::process::{Command, ExitCode};
 use std::sync::Mutex;
 use std::{env, fs, thread};
 
+#[path = "build/nvcc.rs"]
+mod nvcc;
+
+use nvcc::Nvcc;
+
 /// Machine code for every generation from Ampere on; an `f` image runs on its whole family.
 const DEFAULT_ARCHS: &str = "80,86,89,90a,100f,120f";
 
@@ -49,6 +54,7 @@ fn main() -> ExitCode {
 fn build() -> Result<()> {
     let out = PathBuf::from(var("OUT_DIR").ok_or("OUT_DIR is not set: cargo runs this program")?);
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build");
     println!("cargo::rerun-if-changed=kernels");
     for name in NVCC_ENV {
         println!("cargo::rerun-if-env-changed={name}");
@@ -59,7 +65,8 @@ fn build() -> Result<()> {
     if flag("HYBRIDKV_NO_CUDA") {
         return write_outputs(&out, None, &[], &[]);
     }
-    let Some(nvcc) = Nvcc::find()? else {
+    let project = env::current_dir().map_err(|e| format!("current directory: {e}"))?;
+    let Some(nvcc) = Nvcc::find(&project, var)? else {
         let message = "nvcc was not found, so that no CUDA kernel is built and only the CPU device works: \
                        set NVCC or CUDA_HOME, or run `cargo xtask run`, which provides it \
                        (HYBRIDKV_NO_CUDA=1 silences this)";
@@ -69,7 +76,9 @@ fn build() -> Result<()> {
         println!("cargo::warning={message}");
         return write_outputs(&out, None, &[], &[]);
     };
-    println!("cargo::rerun-if-changed={}", nvcc.path.display());
+    if nvcc.path.is_file() {
+        println!("cargo::rerun-if-changed={}", nvcc.path.display());
+    }
 
     let archs = nvcc.archs()?;
     let sources = sources(Path::new("kernels"))?;
@@ -87,47 +96,7 @@ fn build() -> Result<()> {
     write_outputs(&out, Some(&nvcc), &archs, &jobs.iter().zip(logs).collect::<Vec<_>>())
 }
 
-/// The CUDA compiler.
-struct Nvcc {
-    path: PathBuf,
-    /// The line of `nvcc --version` that names the release.
-    version: String,
-}
-
 impl Nvcc {
-    /// The compiler that the environment names, or the first one in the usual places.
-    fn find() -> Result<Option<Self>> {
-        if let Some(path) = var("NVCC") {
-            return Self::at(PathBuf::from(&path))
-                .ok_or_else(|| format!("NVCC={path} is no CUDA compiler that runs"))
-                .map(Some);
-        }
-        for name in ["CUDA_HOME", "CUDA_PATH"] {
-            if let Some(home) = var(name) {
-                return Self::at(Path::new(&home).join("bin/nvcc"))
-                    .ok_or_else(|| format!("{name}={home} holds no bin/nvcc that runs"))
-                    .map(Some);
-            }
-        }
-        println!("cargo::rerun-if-env-changed=PATH");
-        let path = env::var_os("PATH").unwrap_or_default();
-        let project = env::current_dir().map_err(|e| format!("current directory: {e}"))?;
-        let places = env::split_paths(&path)
-            .chain([
-                PathBuf::from("/usr/local/cuda/bin"),
-                project.join(".toolchain/cuda/nvidia/cu13/bin"),
-            ])
-            .map(|folder| folder.join("nvcc"));
-        Ok(places.filter(|nvcc| nvcc.is_file()).find_map(Self::at))
-    }
-
-    fn at(path: PathBuf) -> Option<Self> {
-        let output = Command::new(&path).arg("--version").output().ok()?;
-        let text = String::from_utf8_lossy(&output.stdout);
-        let version = text.lines().find(|line| line.contains("release"))?.trim().to_owned();
-        output.status.success().then_some(Self { path, version })
-    }
-
     /// The architectures to build for.
     fn archs(&self) -> Result<Vec<String>> {
         let asked = var("HYBRIDKV_CUDA_ARCHS");
@@ -312,14 +281,19 @@ fn write_outputs(
     code += "];\n\n/// Architectures that every image holds machine code for, `80`, `90a`.\n";
     let _ = writeln!(code, "pub static ARCHS: &[&str] = &{archs:?};");
     code += "\n/// Version of the compiler that built the images, empty without one.\n";
-    let _ =
-        writeln!(code, "pub static NVCC_VERSION: &str = {:?};", nvcc.map_or("", |n| &n.version));
+    let _ = writeln!(
+        code,
+        "pub static NVCC_VERSION: &str = {:?};",
+        nvcc.map_or("", |nvcc| &nvcc.version)
+    );
     write(&out.join("kernels.rs"), &code)?;
 
-    let mut rows: Vec<String> =
+    // A comment line with the compiler, then the rows.
+    let mut table: Vec<String> =
         logs.iter().flat_map(|(job, log)| resources(&job.arch, log)).collect();
-    rows.sort();
-    write(&out.join("resources.txt"), &(rows.join("\n") + "\n"))?;
+    table.sort();
+    table.insert(0, format!("# {}", nvcc.map_or("no nvcc", |nvcc| &nvcc.version)));
+    write(&out.join("resources.txt"), &(table.join("\n") + "\n"))?;
     let warnings: Vec<&str> = warnings(logs.iter().map(|(_, log)| log)).into_iter().collect();
     write(
         &out.join("warnings.txt"),
