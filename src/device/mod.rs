@@ -3,11 +3,11 @@
 //! A [`Device`] is a cheap handle. Owned objects ([`DeviceBuffer`], [`PinnedBuffer`], [`Stream`],
 //! [`Event`]) keep it alive and release themselves; foreign streams and pointers are used as they are,
 //! by [`StreamRef`] and plain addresses. Addresses are `u64` on both devices: on the CPU device "device
-//! memory" is host memory, streams execute in submission order at the time of submission, and an event
-//! is complete when it was recorded.
+//! memory" is host memory and kernels are closures; [`cpu`] says when they run.
 
 pub mod cpu;
 pub mod cuda;
+mod host_memory;
 
 use std::ffi::c_void;
 use std::fmt;
@@ -56,6 +56,9 @@ pub struct CopyRegion {
     pub bytes: usize,
 }
 
+/// A kernel of the CPU device: what it does once its stream gets to it.
+pub type Task = Box<dyn FnOnce() + Send>;
+
 /// The operations every device offers. Raw handles; the owned types below give them lifetimes.
 ///
 /// # Safety
@@ -78,6 +81,8 @@ pub unsafe trait Backend: Send + Sync {
     /// # Safety
     /// `address` comes from `alloc_pinned` and is not used afterwards, by the device neither.
     unsafe fn free_pinned(&self, address: u64, bytes: usize);
+    /// Blocks until all work submitted to the device is done.
+    fn synchronize(&self) -> Result<()>;
     /// A new non-blocking stream.
     fn stream_create(&self) -> Result<*mut c_void>;
     /// Destroys a stream once its work is done.
@@ -122,16 +127,23 @@ pub unsafe trait Backend: Send + Sync {
     /// # Safety
     /// Both handles are live.
     unsafe fn stream_wait_event(&self, stream: *mut c_void, event: *mut c_void) -> Result<()>;
-    /// Copies in stream order between device and pinned host memory, in any direction.
+    /// Copies in stream order between device and pinned host memory, in any direction. Pageable host
+    /// memory is allowed on either side; the driver may then block the calling thread.
     ///
     /// # Safety
-    /// Both ranges are valid until the stream has passed the copy and do not overlap.
+    /// The ranges do not overlap. Until the stream has passed the copy both are valid, nothing writes
+    /// the source, and nothing reads or writes the destination.
     unsafe fn copy(&self, region: CopyRegion, stream: *mut c_void) -> Result<()>;
     /// Fills device or pinned memory with a byte, in stream order.
     ///
     /// # Safety
-    /// The range is valid until the stream has passed the fill.
+    /// Until the stream has passed the fill the range is valid and nothing reads or writes it.
     unsafe fn fill(&self, address: u64, byte: u8, bytes: usize, stream: *mut c_void) -> Result<()>;
+    /// Runs a task in stream order: how kernels reach the CPU device. CUDA devices refuse.
+    ///
+    /// # Safety
+    /// `stream` is live, and what the task touches is valid until the stream has passed it.
+    unsafe fn submit(&self, task: Task, stream: *mut c_void) -> Result<()>;
     /// The CUDA side of the device, or `None` on the CPU.
     fn as_cuda(&self) -> Option<&cuda::CudaDevice> {
         None
@@ -151,9 +163,15 @@ impl fmt::Debug for Device {
 }
 
 impl Device {
-    /// The CPU device: always there, runs every operation from the reference code.
+    /// The CPU device: always there, runs every operation from the reference code at submission.
     pub fn cpu() -> Self {
-        Self { backend: Arc::new(cpu::CpuDevice::new()) }
+        Self { backend: Arc::new(cpu::CpuDevice::eager()) }
+    }
+
+    /// A CPU device that runs submitted work late and in an order across streams drawn from `seed`,
+    /// bound only by stream order and event waits: a missing wait corrupts bytes under some seed.
+    pub fn cpu_deferred(seed: u64) -> Self {
+        Self { backend: Arc::new(cpu::CpuDevice::deferred(seed)) }
     }
 
     /// The CUDA device of this ordinal, on its primary context.
@@ -161,7 +179,15 @@ impl Device {
     /// # Errors
     /// `NoDriver`, `DriverTooOld`, `NoDevice`, or the driver's own error.
     pub fn cuda(ordinal: usize) -> Result<Self> {
-        cuda::CudaDevice::open(ordinal).map(|_| todo!())
+        Ok(Self { backend: Arc::new(cuda::CudaDevice::open(ordinal)?) })
+    }
+
+    /// How many CUDA devices the driver lists.
+    ///
+    /// # Errors
+    /// `NoDriver`, `DriverTooOld`, or the driver's own error.
+    pub fn cuda_count() -> Result<usize> {
+        cuda::CudaDevice::count()
     }
 
     /// What the device is.
@@ -188,16 +214,35 @@ impl Device {
     /// Device memory filled from a host slice (blocking).
     pub fn upload<T: bytemuck::Pod>(&self, data: &[T]) -> Result<DeviceBuffer> {
         let bytes: &[u8] = bytemuck::cast_slice(data);
-        let mut staging = self.alloc_pinned(bytes.len())?;
-        staging.as_mut_slice().copy_from_slice(bytes);
         let buffer = self.alloc(bytes.len())?;
-        let stream = self.stream()?;
-        // SAFETY: both buffers outlive the synchronisation below.
-        unsafe {
-            stream.as_ref().copy(staging.address(), buffer.address(), bytes.len())?;
-        }
-        stream.as_ref().synchronize()?;
+        // SAFETY: the slice is borrowed and the buffer is new; both outlive this call.
+        unsafe { self.copy_blocking(bytes.as_ptr() as u64, buffer.address(), bytes.len())? };
         Ok(buffer)
+    }
+
+    /// Copies on a stream of its own and waits for it.
+    ///
+    /// # Safety
+    /// As for [`StreamRef::copy`], until this returns.
+    unsafe fn copy_blocking(&self, src: u64, dst: u64, bytes: usize) -> Result<()> {
+        let stream = self.stream()?;
+        // SAFETY: passed on from the caller.
+        let submitted = unsafe { stream.as_ref().copy(src, dst, bytes) };
+        // Also after a failure: part of the copy may be under way.
+        submitted.and(stream.as_ref().synchronize())
+    }
+
+    /// Blocks until all work submitted to the device is done.
+    pub fn synchronize(&self) -> Result<()> {
+        self.backend.synchronize()
+    }
+
+    /// Whether both handles are of the same device, so that streams, events and memory may be mixed.
+    pub fn is_same(&self, other: &Device) -> bool {
+        match (self.backend.as_cuda(), other.backend.as_cuda()) {
+            (Some(a), Some(b)) => a.ordinal() == b.ordinal(),
+            _ => Arc::ptr_eq(&self.backend, &other.backend),
+        }
     }
 
     /// Zeroed, page-locked host memory that the device reads and writes at the same address.
@@ -259,13 +304,14 @@ impl DeviceBuffer {
         Span { address: self.address, bytes: self.bytes as u64 }
     }
 
-    /// Copies the buffer to the host as values of `T` (blocking).
+    /// Copies the buffer to the host as values of `T` (blocking). Work of other streams that writes the
+    /// buffer must be done; this waits for its own copy only.
     ///
     /// # Errors
     /// The length is no multiple of `T`, or the copy fails.
     pub fn download<T: bytemuck::Pod>(&self) -> Result<Vec<T>> {
         let size = size_of::<T>();
-        if !self.bytes.is_multiple_of(size) {
+        if size == 0 || !self.bytes.is_multiple_of(size) {
             return Err(Error::invalid(
                 "download",
                 format!(
@@ -274,14 +320,12 @@ impl DeviceBuffer {
                 ),
             ));
         }
-        let staging = self.device.alloc_pinned(self.bytes)?;
-        let stream = self.device.stream()?;
-        // SAFETY: both buffers outlive the synchronisation below.
+        let mut values = vec![T::zeroed(); self.bytes / size];
+        // SAFETY: `values` is as long as the buffer, any bytes make a `T`, and both outlive this call.
         unsafe {
-            stream.as_ref().copy(self.address, staging.address(), self.bytes)?;
+            self.device.copy_blocking(self.address, values.as_mut_ptr() as u64, self.bytes)?;
         }
-        stream.as_ref().synchronize()?;
-        Ok(bytemuck::pod_collect_to_vec(staging.as_slice()))
+        Ok(values)
     }
 }
 
@@ -403,22 +447,40 @@ impl<'a> StreamRef<'a> {
         unsafe { self.device.backend.stream_synchronize(self.raw) }
     }
 
-    /// Makes later work of this stream wait for the event.
+    /// Makes later work of this stream wait for the event; for nothing when it was never recorded.
     pub fn wait(&self, event: &Event) -> Result<()> {
+        self.check_same("wait", &event.device)?;
         // SAFETY: both are live while they are borrowed.
         unsafe { self.device.backend.stream_wait_event(self.raw, event.raw) }
     }
 
     /// Records the event behind the work submitted so far.
     pub fn record(&self, event: &Event) -> Result<()> {
+        self.check_same("record", &event.device)?;
         // SAFETY: both are live while they are borrowed.
         unsafe { self.device.backend.event_record(event.raw, self.raw) }
+    }
+
+    /// Refuses objects of another device, which would be handles without a meaning here.
+    pub(crate) fn check_same(&self, op: &'static str, device: &Device) -> Result<()> {
+        if self.device.is_same(device) {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            op,
+            format!(
+                "the stream belongs to {}, the object to another device, {}",
+                self.device.info().name,
+                device.info().name
+            ),
+        ))
     }
 
     /// Copies `bytes` from `src` to `dst` in stream order; device or pinned host on either side.
     ///
     /// # Safety
-    /// Both ranges are valid until the stream has passed the copy, and do not overlap.
+    /// The ranges do not overlap. Until the stream has passed the copy both are valid, nothing writes
+    /// the source, and nothing reads or writes the destination.
     pub unsafe fn copy(&self, src: u64, dst: u64, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
@@ -430,7 +492,7 @@ impl<'a> StreamRef<'a> {
     /// Fills `bytes` bytes from `address` on with `byte`, in stream order.
     ///
     /// # Safety
-    /// The range is valid until the stream has passed the fill.
+    /// Until the stream has passed the fill the range is valid and nothing reads or writes it.
     pub unsafe fn fill(&self, address: u64, byte: u8, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
@@ -462,6 +524,9 @@ impl Event {
     /// Milliseconds from `start` to this event. Both were made by [`Device::timed_event`], recorded
     /// and are complete.
     pub fn elapsed_ms_since(&self, start: &Event) -> Result<f32> {
+        if !self.device.is_same(&start.device) {
+            return Err(Error::invalid("event", "elapsed time between events of two devices"));
+        }
         // SAFETY: both events are live; the driver refuses untimed or unrecorded ones.
         unsafe { self.device.backend.event_elapsed_ms(start.raw, self.raw) }
     }

@@ -1,10 +1,19 @@
 //! `append`: the slot-mapped write of new K and V into their blocks.
 
-use crate::device::Span;
-use crate::layout::KvView;
-use crate::ops::{HeadStrides, WindowTable};
+use super::{HeadStrides, Kernel, Kernels, Loader, WindowTable, cpu};
+use crate::abi::{hkv_append_params, hkv_window};
+use crate::device::cuda::LaunchConfig;
+use crate::device::{Span, StreamRef};
+use crate::error::{Error, Result};
+use crate::layout::{Dtype, KvView};
 
-/// Arguments of [`Kernels::append`](crate::ops::Kernels).
+const OP: &str = "append";
+/// Threads per CTA, as in kernels/append.cu.
+const THREADS: u32 = 256;
+/// CTAs per multiprocessor: 64 warps, what an SM holds.
+const CTAS_PER_SM: u32 = 8;
+
+/// Arguments of [`Kernels::append`](crate::ops::Kernels::append).
 #[derive(Debug, Clone, Copy)]
 pub struct AppendArgs {
     /// New keys, `[num_tokens, num_kv_heads, head_dim]`, of the view's type.
@@ -25,4 +34,162 @@ pub struct AppendArgs {
     pub layer: u32,
     /// New tokens.
     pub num_tokens: u32,
+}
+
+pub(super) struct Loaded {
+    append: Kernel,
+}
+
+impl Loaded {
+    pub(super) fn load(loader: &mut Loader<'_>) -> Result<Self> {
+        let kernel = loader.file("append")?;
+        Ok(Self { append: kernel("hkv_append", 0)? })
+    }
+}
+
+impl Kernels {
+    /// Writes the K and V of new tokens into their slots; negative slots are skipped. No tokens are a
+    /// no-op.
+    ///
+    /// # Errors
+    /// `Unsupported` or `InvalidArgument` for anything the host can see: element type, alignment,
+    /// strides or arrays that leave their buffers, a layer outside of the window table.
+    ///
+    /// # Safety
+    /// Until the stream has passed the launch, every span in `args` is device memory of that length; the
+    /// window table names groups and layer slots inside of `num_groups` and the view; slots are negative
+    /// or inside of the view's blocks, each at most once; nothing else accesses what is written, and
+    /// nothing writes what is read.
+    pub unsafe fn append(&self, args: &AppendArgs, stream: StreamRef<'_>) -> Result<()> {
+        if args.num_tokens == 0 {
+            return Ok(());
+        }
+        args.check()?;
+        let strides = &args.kv.strides;
+        let params = hkv_append_params {
+            k_new: args.k_new.address as *const _,
+            v_new: args.v_new.address as *const _,
+            k: args.kv.k.address as *mut _,
+            v: args.kv.v.address as *mut _,
+            slot_mapping: args.slot_mapping.address as *const _,
+            windows: args.windows.rows.address as *const _,
+            new_stride_token: args.new_strides.token,
+            new_stride_head: args.new_strides.head,
+            kv_stride_block: strides.block,
+            kv_stride_layer: strides.layer,
+            kv_stride_head: strides.head,
+            kv_stride_token: strides.token,
+            layer: args.layer as i32,
+            num_tokens: args.num_tokens as i32,
+            num_kv_heads: args.kv.shape.num_kv_heads as i32,
+            head_dim: args.kv.shape.head_dim as i32,
+            block_shift: args.kv.block_size.trailing_zeros() as i32,
+            element_bytes: args.kv.shape.dtype.bytes() as i32,
+        };
+        // A lane moves 16 bytes of K and of V.
+        let vectors = args.num_tokens as u64 * (args.kv.shape.token_bytes() as u64 / 32);
+        let most = self.device.info().multiprocessors.max(1) * CTAS_PER_SM;
+        let ctas = vectors.div_ceil(THREADS as u64).clamp(1, most as u64) as u32;
+        let config = LaunchConfig::linear(ctas, THREADS);
+        // SAFETY: runs when the stream gets to it, while the caller's promise holds.
+        let on_cpu = |params: &_| unsafe { cpu::append(params) };
+        // SAFETY: the parameters are those of the kernel; memory is the caller's promise.
+        unsafe { self.launch(&self.append.append, config, &params, stream, on_cpu) }
+    }
+}
+
+impl AppendArgs {
+    /// Checks everything the host can see.
+    fn check(&self) -> Result<()> {
+        let shape = &self.kv.shape;
+        let element = shape.dtype.bytes() as u64;
+        if !matches!(shape.dtype, Dtype::Bf16 | Dtype::F16) {
+            return Err(Error::unsupported(OP, "KV dtype", shape.dtype.name(), "bf16, f16"));
+        }
+        if shape.num_kv_heads == 0 || shape.head_dim == 0 || !shape.head_dim.is_multiple_of(8) {
+            return Err(Error::unsupported(
+                OP,
+                "KV shape of",
+                format!("{} heads of {}", shape.num_kv_heads, shape.head_dim),
+                "at least one head, head_dim a multiple of 8",
+            ));
+        }
+        if self.num_tokens > i32::MAX as u32 {
+            return Err(Error::unsupported(OP, "num_tokens", self.num_tokens, "up to 2^31 - 1"));
+        }
+        self.kv.check(OP)?;
+        self.windows.check(OP, self.layer)?;
+        let needed = self.new_strides.reach(
+            OP,
+            "k_new and v_new",
+            self.num_tokens,
+            shape.num_kv_heads,
+            shape.head_dim,
+        )? * element;
+        self.k_new.check(OP, "k_new", needed, 16)?;
+        self.v_new.check(OP, "v_new", needed, 16)?;
+        for (name, stride) in [("token", self.new_strides.token), ("head", self.new_strides.head)] {
+            if stride * element as i64 % 16 != 0 {
+                return Err(Error::invalid(
+                    OP,
+                    format!("{name} stride of {stride} elements is no multiple of 16 bytes"),
+                ));
+            }
+        }
+        let slots = self.num_groups as u64 * self.num_tokens as u64 * size_of::<i64>() as u64;
+        if slots == 0 {
+            return Err(Error::invalid(OP, "num_groups is 0"));
+        }
+        self.slot_mapping.check(OP, "slot_mapping", slots, 8)
+    }
+}
+
+impl WindowTable {
+    /// Checks that the table holds a row for `layer`.
+    pub(super) fn check(&self, op: &'static str, layer: u32) -> Result<()> {
+        if layer >= self.num_layers {
+            return Err(Error::invalid(
+                op,
+                format!(
+                    "layer {layer} is outside of the window table of {} layers",
+                    self.num_layers
+                ),
+            ));
+        }
+        let bytes = self.num_layers as u64 * size_of::<hkv_window>() as u64;
+        self.rows.check(op, "the window table", bytes, 4)
+    }
+}
+
+impl HeadStrides {
+    /// Elements from the first to one past the last of a `[tokens, heads, head_dim]` tensor.
+    ///
+    /// # Errors
+    /// A stride is negative, or the extent overflows 64 bits.
+    pub(super) fn reach(
+        &self,
+        op: &'static str,
+        what: &str,
+        tokens: u32,
+        heads: u32,
+        head_dim: u32,
+    ) -> Result<u64> {
+        let last = |count: u32, stride: i64| {
+            u64::try_from(stride).ok()?.checked_mul(count.saturating_sub(1) as u64)
+        };
+        last(tokens, self.token)
+            .and_then(|x| x.checked_add(last(heads, self.head)?))
+            .and_then(|x| x.checked_add(head_dim as u64))
+            // Room for any element size in later products.
+            .filter(|&elements| elements <= i64::MAX as u64 / 16)
+            .ok_or_else(|| {
+                Error::invalid(
+                    op,
+                    format!(
+                        "the strides of {what} ({}, {}) are negative or overflow 64-bit addresses",
+                        self.token, self.head
+                    ),
+                )
+            })
+    }
 }

@@ -1,4 +1,0 @@
-//! The tiers: which blocks each of them holds, under which hash.
-
-pub(super) mod device;
-pub(super) mod host;
