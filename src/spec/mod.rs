@@ -1,7 +1,7 @@
 //! What a model needs of its KV cache: attention kinds, layers, layer groups, the window table.
 
 use crate::abi;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layout::KvShape;
 
 /// Which earlier tokens a query of a layer sees (besides the sink tokens).
@@ -21,6 +21,47 @@ pub enum AttentionKind {
         /// Tokens per chunk; at least 1.
         chunk: u32,
     },
+}
+
+impl AttentionKind {
+    /// Whether a query at position `i` sees the key at position `j`, sink tokens apart. The one definition
+    /// of visibility: freeing, prefix hits and sizes all follow from it.
+    pub const fn sees(self, i: u64, j: u64) -> bool {
+        j <= i
+            && match self {
+                Self::Full => true,
+                Self::Sliding { window } => i - j < window as u64,
+                Self::Chunked { chunk } => i / chunk as u64 == j / chunk as u64,
+            }
+    }
+
+    /// Tokens at the start that no query at position `n` or later sees: what may go once `n` tokens are
+    /// settled.
+    pub const fn skipped(self, n: u64) -> u64 {
+        match self {
+            Self::Full => 0,
+            Self::Sliding { window } => (n + 1).saturating_sub(window as u64),
+            Self::Chunked { chunk } => n / chunk as u64 * chunk as u64,
+        }
+    }
+
+    /// Tokens that stay live when `n` are settled.
+    pub const fn live(self, n: u64) -> u64 {
+        n.saturating_sub(self.skipped(n))
+    }
+
+    /// Refuses a window or chunk of 0, in the name of the operation `op`.
+    pub(crate) fn check(self, op: &'static str) -> Result<()> {
+        match self {
+            Self::Sliding { window: 0 } => {
+                Err(Error::unsupported(op, "a sliding window of", 0, "1 token or more"))
+            }
+            Self::Chunked { chunk: 0 } => {
+                Err(Error::unsupported(op, "an attention chunk of", 0, "1 token or more"))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// One attention layer.

@@ -1,0 +1,68 @@
+//! What became findable and what ceased to be, per group and tier, for routers and tests.
+
+/// Where a block is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Tier {
+    /// Device memory.
+    Device,
+    /// Pinned host memory.
+    Host,
+}
+
+/// What happened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum EventKind {
+    /// Blocks became findable.
+    Stored,
+    /// Blocks are not findable any more.
+    Removed,
+    /// Nothing of the tier is findable any more.
+    Cleared,
+}
+
+/// One change of what a tier can serve.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// What happened.
+    pub kind: EventKind,
+    /// Layer group of the blocks.
+    pub group: u32,
+    /// The tier that changed.
+    pub tier: Tier,
+    /// Indices of the blocks in their sequences.
+    pub indices: Vec<u32>,
+}
+
+/// The log of events since it was last drained; off until it is asked for.
+#[derive(Default)]
+pub(super) struct Events {
+    pub enabled: bool,
+    log: Vec<Event>,
+}
+
+impl Events {
+    /// Notes one block; it joins the latest event when that is of the same kind, group and tier.
+    pub fn push(&mut self, kind: EventKind, group: u32, tier: Tier, index: u32) {
+        if !self.enabled {
+            return;
+        }
+        match self.log.last_mut() {
+            Some(last) if (last.kind, last.group, last.tier) == (kind, group, tier) => {
+                last.indices.push(index);
+            }
+            _ => self.log.push(Event { kind, group, tier, indices: vec![index] }),
+        }
+    }
+
+    /// Notes that a tier was cleared.
+    pub fn cleared(&mut self, group: u32, tier: Tier) {
+        if self.enabled {
+            self.log.push(Event { kind: EventKind::Cleared, group, tier, indices: Vec::new() });
+        }
+    }
+
+    /// All events since the last call, oldest first.
+    pub fn drain(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.log)
+    }
+}

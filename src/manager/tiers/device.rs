@@ -1,0 +1,114 @@
+//! The device tier: the pool and, per layer group, the index from hash to block.
+
+use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
+
+use super::super::BlockId;
+use super::super::events::{EventKind, Events, Tier};
+use super::super::hash::{BlockHash, PassThrough};
+use super::super::pool::{NULL, Pool};
+use super::super::stats::TierStats;
+
+/// From hash to something, for one layer group: the key of a cached block is its hash and its group.
+pub(super) type Index<V> = HashMap<BlockHash, V, BuildHasherDefault<PassThrough>>;
+
+/// Pool and prefix index.
+pub(in super::super) struct DeviceTier {
+    pub pool: Pool,
+    /// Per group: the block that was cached first under each hash. Later equal blocks follow it in its
+    /// ring of twins and take its place when it goes.
+    index: Vec<Index<BlockId>>,
+    pub stats: Vec<TierStats>,
+}
+
+impl DeviceTier {
+    pub fn new(pool: Pool, num_groups: usize) -> Self {
+        Self {
+            pool,
+            index: vec![Index::default(); num_groups],
+            stats: vec![TierStats::default(); num_groups],
+        }
+    }
+
+    /// The block that serves hits on this hash; [`NULL`] when there is none.
+    pub fn find(&self, group: usize, hash: &BlockHash) -> BlockId {
+        self.index[group].get(hash).copied().unwrap_or(NULL)
+    }
+
+    /// Makes a block findable.
+    pub fn insert(&mut self, group: usize, hash: BlockHash, index: usize, id: BlockId) {
+        let first = *self.index[group].entry(hash).or_insert(id);
+        if first != id {
+            let last = self.pool.block(first).twin_prev;
+            self.pool.block_mut(last).twin_next = id;
+            self.pool.block_mut(first).twin_prev = id;
+            let block = self.pool.block_mut(id);
+            (block.twin_prev, block.twin_next) = (last, first);
+        }
+        let block = self.pool.block_mut(id);
+        (block.hash, block.group, block.index) = (hash, group as u16, index as u32);
+        block.cached = true;
+        let stats = &mut self.stats[group];
+        stats.stored_blocks += 1;
+        stats.cached_blocks += 1;
+    }
+
+    /// Makes a cached block unfindable; equal ones stay.
+    pub fn remove(&mut self, id: BlockId) {
+        let block = self.pool.block_mut(id);
+        let (hash, group) = (block.hash, block.group as usize);
+        let (prev, next) = (block.twin_prev, block.twin_next);
+        (block.twin_prev, block.twin_next) = (id, id);
+        block.cached = false;
+        self.stats[group].cached_blocks -= 1;
+        if next == id {
+            self.index[group].remove(&hash);
+            return;
+        }
+        self.pool.block_mut(prev).twin_next = next;
+        self.pool.block_mut(next).twin_prev = prev;
+        if let Some(first) = self.index[group].get_mut(&hash)
+            && *first == id
+        {
+            *first = next;
+        }
+    }
+
+    /// Takes the next block of the pool for one user, dropping what it cached.
+    pub fn take(&mut self, events: &mut Events) -> Option<BlockId> {
+        let id = self.pool.take()?;
+        let block = *self.pool.block(id);
+        if block.cached {
+            self.remove(id);
+            self.stats[block.group as usize].evicted_blocks += 1;
+            events.push(EventKind::Removed, block.group.into(), Tier::Device, block.index);
+        }
+        Some(id)
+    }
+
+    /// Drops every hash; the order of the free queue stays.
+    pub fn clear(&mut self) {
+        for index in &mut self.index {
+            index.clear();
+        }
+        for id in 1..self.pool.len() as BlockId {
+            let block = self.pool.block_mut(id);
+            block.cached = false;
+            (block.twin_prev, block.twin_next) = (id, id);
+        }
+        for stats in &mut self.stats {
+            stats.cached_blocks = 0;
+        }
+    }
+
+    /// Indices in their sequences of all cached blocks of a group, ascending, one per copy.
+    pub fn cached_indices(&self, group: usize) -> Vec<u32> {
+        let mut indices: Vec<u32> = (1..self.pool.len() as BlockId)
+            .map(|id| self.pool.block(id))
+            .filter(|block| block.cached && block.group as usize == group)
+            .map(|block| block.index)
+            .collect();
+        indices.sort_unstable();
+        indices
+    }
+}

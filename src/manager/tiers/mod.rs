@@ -1,0 +1,4 @@
+//! The tiers: which blocks each of them holds, under which hash.
+
+pub(super) mod device;
+pub(super) mod host;
