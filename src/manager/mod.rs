@@ -12,16 +12,18 @@ mod groups;
 mod hash;
 mod pool;
 mod prefix;
+mod queue;
 mod retention;
 mod sequence;
 mod stats;
 mod tiers;
+mod transfer;
 
 use std::collections::HashMap;
 
 pub use self::events::{Event, EventKind, Tier};
 pub use self::hash::BlockHash;
-pub use self::stats::{Stats, TierStats, TransferStats};
+pub use self::stats::{Stats, TierStats, TransferStats, Usage};
 
 use self::events::Events;
 use self::groups::{Group, align_down};
@@ -32,6 +34,7 @@ use self::retention::Policy;
 use self::sequence::{Row, Sequence};
 use self::tiers::device::DeviceTier;
 use self::tiers::host::HostTier;
+use self::transfer::{Flights, cache_redone, offer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::spec::AttentionKind;
 
@@ -180,6 +183,12 @@ pub enum Completion {
         /// Valid tokens from the start.
         valid_tokens: usize,
     },
+    /// A load of the sequence failed and the pool has no blocks for what would have to be computed again:
+    /// the sequence has been freed, and can be allocated again later.
+    Dropped {
+        /// The sequence.
+        seq: SeqId,
+    },
 }
 
 /// One sequence's live blocks of one group, as attention needs them.
@@ -201,6 +210,8 @@ pub struct Manager {
     device: DeviceTier,
     host: Option<HostTier>,
     sequences: HashMap<SeqId, Sequence>,
+    generation: u64,
+    flights: Flights,
     events: Events,
     stats: Stats,
 }
@@ -237,6 +248,14 @@ impl Manager {
         if config.host.is_some() && !config.prefix_caching {
             return Err(Error::invalid(OP, "a host tier needs prefix caching"));
         }
+        if config.host.is_some_and(|host| host.num_slots == u32::MAX) {
+            return Err(Error::unsupported(
+                OP,
+                "a number of host slots of",
+                u32::MAX,
+                format!("up to {}", u32::MAX - 1),
+            ));
+        }
         let groups: Vec<Group> = config.groups.iter().map(|g| Group::new(g, unit)).collect();
         let no_hash = Chain::new(&config.identity, unit, ExtraKeys::default()).push(&[]);
         let manager = Self {
@@ -245,6 +264,8 @@ impl Manager {
             device: DeviceTier::new(Pool::new(config.num_blocks, no_hash), groups.len()),
             host: config.host.map(|host| HostTier::new(host.num_slots, groups.len(), no_hash)),
             sequences: HashMap::new(),
+            generation: 0,
+            flights: Flights::default(),
             events: Events::default(),
             stats: Stats::default(),
             groups,
@@ -344,9 +365,13 @@ impl Manager {
         let (mut fresh, mut held, mut unused) = (0, 0, 0);
         for (group, row) in self.groups.iter().zip(&rows) {
             fresh += slots.div_ceil(group.block_size) - row.len();
-            for &id in row.iter().filter(|&&id| id != NULL) {
-                held += 1;
-                unused += usize::from(self.device.pool.is_available(id));
+            for (b, &id) in row.iter().enumerate() {
+                if id != NULL {
+                    held += 1;
+                    unused += usize::from(self.device.pool.is_available(id));
+                } else if group.needs(hit, b) {
+                    fresh += 1;
+                }
             }
         }
         self.check_room(OP, slots, fresh + held, fresh + unused)?;
@@ -355,19 +380,35 @@ impl Manager {
         for &id in rows.iter().flatten().filter(|&&id| id != NULL) {
             self.device.pool.touch(id);
         }
-        for (g, table) in rows.into_iter().enumerate() {
-            let group = &self.groups[g];
-            self.device.stats[g].hit_blocks +=
-                table.iter().filter(|&&id| id != NULL).count() as u64;
+        let mut new_blocks = vec![Vec::new(); self.groups.len()];
+        let mut loads = Vec::new();
+        self.generation += 1;
+        sequence.generation = self.generation;
+        sequence.computed = hit;
+        sequence.settled = hit;
+        sequence.boundaries = self.policy.boundaries(prompt.len(), junction);
+        for (g, mut table) in rows.into_iter().enumerate() {
+            let group = self.groups[g];
+            for (b, entry) in table.iter_mut().enumerate() {
+                if *entry != NULL {
+                    self.device.stats[g].hit_blocks += 1;
+                } else if group.needs(hit, b) {
+                    let hash = sequence.hashes[group.key_index(b)];
+                    let Some((id, load)) = self.load(g, hash, b, (seq, sequence.generation)) else {
+                        debug_assert!(false, "room was checked, and the host found it");
+                        continue;
+                    };
+                    *entry = id;
+                    new_blocks[g].push(id);
+                    loads.push(load);
+                }
+            }
             let row = &mut sequence.rows[g];
             row.first_live = group.first_needed(hit);
             row.considered = table.len();
             row.table = table;
         }
-        let mut new_blocks = vec![Vec::new(); self.groups.len()];
-        sequence.computed = hit;
-        sequence.settled = hit;
-        sequence.boundaries = self.policy.boundaries(prompt.len(), junction);
+        sequence.loading = loads.len();
         let Self { groups, policy, device, events, .. } = self;
         grow(groups, device, events, &mut sequence, slots, |g, id| new_blocks[g].push(id));
         cache(groups, policy, device, events, &mut sequence);
@@ -382,7 +423,7 @@ impl Manager {
             device_hit_tokens: device_tokens,
             num_tokens,
             new_blocks,
-            loads: Vec::new(),
+            loads,
         })
     }
 
@@ -411,6 +452,7 @@ impl Manager {
         if tokens.is_empty() {
             return Err(Error::invalid(OP, "no tokens given"));
         }
+        check_loaded(OP, seq, sequence)?;
         let num_tokens = sequence.num_tokens + tokens.len();
         check_length(OP, num_tokens, self.config.max_model_len as usize)?;
         let (mut fresh, mut held) = (0, 0);
@@ -480,8 +522,14 @@ impl Manager {
                 ),
             ));
         }
+        check_loaded(OP, seq, sequence)?;
         sequence.computed = computed;
         sequence.settled = settled;
+        cache_redone(&self.groups, &self.policy, &mut self.device, &mut self.events, sequence);
+        if let Some(host) = &mut self.host {
+            let (flights, stats) = (&mut self.flights, &mut self.stats);
+            offer(&self.groups, &mut self.device, host, flights, &mut self.events, stats, sequence);
+        }
         for (g, (group, row)) in self.groups.iter().zip(&mut sequence.rows).enumerate() {
             let first = group.first_needed(settled);
             let start = row.first_live.max(group.sink_blocks);
@@ -506,6 +554,18 @@ impl Manager {
         for row in &sequence.rows {
             self.device.pool.release(row.table.iter().rev().copied());
         }
+        if let Some(host) = &mut self.host {
+            // Its copies on the host become recent, the start of the sequence most of all.
+            for (g, (group, row)) in self.groups.iter().zip(&sequence.rows).enumerate() {
+                for b in (0..row.offered).rev() {
+                    if self.policy.keeps(group, &sequence.boundaries, b)
+                        && let Some(slot) = host.find(g, &sequence.hashes[group.key_index(b)])
+                    {
+                        host.touch(slot);
+                    }
+                }
+            }
+        }
         Ok(())
     }
 
@@ -529,6 +589,11 @@ impl Manager {
                     self.events.push(EventKind::Removed, g as u32, Tier::Device, block.index);
                 }
             }
+            if let Some(host) = &mut self.host {
+                for b in unsettled..row.offered {
+                    host.discard_hash(g, &sequence.hashes[group.key_index(b)], &mut self.events);
+                }
+            }
         }
         let mut dependents: Vec<SeqId> = match shared.is_empty() {
             true => Vec::new(),
@@ -544,19 +609,6 @@ impl Manager {
         dependents.sort_unstable();
         self.free(seq)?;
         Ok(dependents)
-    }
-
-    /// The next transfer to start, in order; `None` when there is none.
-    pub fn next_transfer(&mut self) -> Option<Transfer> {
-        None
-    }
-
-    /// Takes the answer to a transfer.
-    ///
-    /// # Errors
-    /// `UnknownTransfer` for one that is not outstanding (R10); nothing is changed.
-    pub fn complete(&mut self, id: TransferId, _outcome: Outcome) -> Result<Completion> {
-        Err(Error::new("complete", ErrorKind::UnknownTransfer(id)))
     }
 
     /// The live blocks of a sequence in a group.
@@ -594,8 +646,14 @@ impl Manager {
             return false;
         }
         self.device.clear();
+        if let Some(host) = &mut self.host {
+            host.clear();
+        }
         for g in 0..self.groups.len() as u32 {
             self.events.cleared(g, Tier::Device);
+            if self.host.is_some() {
+                self.events.cleared(g, Tier::Host);
+            }
         }
         true
     }
@@ -612,7 +670,30 @@ impl Manager {
 
     /// All counters.
     pub fn stats(&self) -> Stats {
-        Stats { device: self.device.stats.clone(), ..self.stats.clone() }
+        let host = self.host.as_ref().map_or(Vec::new(), |host| host.stats.clone());
+        Stats { device: self.device.stats.clone(), host, ..self.stats.clone() }
+    }
+
+    /// How full the tiers are. Looks at every block of the pool.
+    pub fn usage(&self) -> Usage {
+        let pool = &self.device.pool;
+        let mut live = vec![0; self.groups.len()];
+        for block in (1..pool.len() as BlockId).map(|id| pool.block(id)) {
+            if block.users > 0 {
+                live[block.group as usize] += 1;
+            }
+        }
+        let cached = |stats: &[TierStats]| stats.iter().map(|s| s.cached_blocks as usize).collect();
+        Usage {
+            device_capacity: self.capacity(),
+            device_free: self.free_blocks(),
+            device_live: live,
+            device_cached: cached(&self.device.stats),
+            host_capacity: self.host.as_ref().map_or(0, HostTier::capacity),
+            host_used: self.host.as_ref().map_or(0, HostTier::used),
+            host_pinned: self.host.as_ref().map_or(0, HostTier::pinned),
+            host_cached: self.host.as_ref().map_or(Vec::new(), |host| cached(&host.stats)),
+        }
     }
 
     /// Available blocks, the next to be reused first.
@@ -632,6 +713,34 @@ impl Manager {
     /// Indices in their sequences of all cached device blocks of a group, ascending, one per copy.
     pub fn cached_indices(&self, group: usize) -> Vec<u32> {
         self.device.cached_indices(group)
+    }
+
+    /// Takes a block, pins it and its copy on the host (R1), and emits the transfer that fills it.
+    fn load(
+        &mut self,
+        group: usize,
+        hash: BlockHash,
+        index: usize,
+        (seq, generation): (SeqId, u64),
+    ) -> Option<(BlockId, TransferId)> {
+        let host = self.host.as_mut()?;
+        let slot = host.find(group, &hash)?;
+        let block = self.device.take(group, &mut self.events)?;
+        host.pin(slot);
+        host.touch(slot);
+        host.stats[group].hit_blocks += 1;
+        self.device.pool.pin(block);
+        self.stats.onboards.started += 1;
+        let transfer = Transfer {
+            id: 0,
+            direction: Direction::Onboard,
+            group: group as u32,
+            block,
+            slot,
+            seq: Some(seq),
+        };
+        let id = self.flights.start(transfer, generation, hash, index);
+        Some((block, id))
     }
 
     fn sequence(&self, keys: ExtraKeys<'_>) -> Sequence {
@@ -699,7 +808,7 @@ fn grow(
     for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
         let blocks = slots.div_ceil(group.block_size);
         while row.table.len() < blocks {
-            let Some(id) = device.take(events) else {
+            let Some(id) = device.take(g, events) else {
                 debug_assert!(false, "room was checked");
                 return;
             };
@@ -766,6 +875,13 @@ fn check_groups(op: &'static str, groups: &[GroupConfig]) -> Result<(usize, usiz
             .ok_or_else(|| Error::invalid(op, "the block sizes have no common multiple"))?;
     }
     Ok((unit, alignment))
+}
+
+fn check_loaded(op: &'static str, seq: SeqId, sequence: &Sequence) -> Result<()> {
+    match sequence.loading {
+        0 => Ok(()),
+        n => Err(Error::invalid(op, format!("sequence {seq} still waits for {n} load(s)"))),
+    }
 }
 
 fn check_length(op: &'static str, tokens: usize, max_model_len: usize) -> Result<()> {

@@ -71,10 +71,16 @@ impl Search<'_> {
         let full = align_down(full, self.alignment);
         let full_device = align_down(full_device.min(full), self.alignment);
 
-        let device_tokens = self.fixed_point(full_device, |g, b| self.on_device(g, b) != NULL);
+        let windowed =
+            self.groups.iter().enumerate().filter(|(_, g)| g.kind != AttentionKind::Full);
+        let device_tokens = fixed_point(windowed.clone(), full_device, self.alignment, |g, b| {
+            self.on_device(g, b) != NULL
+        });
         let tokens = match self.host {
             Some(_) if device_tokens < full => {
-                self.fixed_point(full, |g, b| self.on_device(g, b) != NULL || self.on_host(g, b))
+                fixed_point(windowed, full, self.alignment, |g, b| {
+                    self.on_device(g, b) != NULL || self.on_host(g, b)
+                })
             }
             _ => device_tokens,
         };
@@ -92,20 +98,24 @@ impl Search<'_> {
         let junction = if any_full && full > tokens { full } else { 0 };
         Found { tokens, device_tokens, junction, rows }
     }
+}
 
-    /// Shrinks `tokens` until no windowed group wants it shorter. The minimum of independent hits would be
-    /// wrong: a shorter prefix can need blocks that the longer one did not.
-    fn fixed_point(&self, mut tokens: usize, present: impl Fn(usize, usize) -> bool) -> usize {
-        loop {
-            let before = tokens;
-            for (g, group) in self.groups.iter().enumerate() {
-                if group.kind != AttentionKind::Full {
-                    tokens = group.longest(tokens, self.alignment, |b| present(g, b));
-                }
-            }
-            if tokens == before {
-                return tokens;
-            }
+/// The longest prefix of at most `tokens` (aligned) whose needed blocks are `present` in every one of the
+/// numbered groups: shrinks `tokens` until no group wants it shorter. The minimum of independent hits would
+/// be wrong: a shorter prefix can need blocks that the longer one did not.
+pub(super) fn fixed_point<'a>(
+    groups: impl Iterator<Item = (usize, &'a Group)> + Clone,
+    mut tokens: usize,
+    alignment: usize,
+    present: impl Fn(usize, usize) -> bool,
+) -> usize {
+    loop {
+        let before = tokens;
+        for (g, group) in groups.clone() {
+            tokens = group.longest(tokens, alignment, |b| present(g, b));
+        }
+        if tokens == before {
+            return tokens;
         }
     }
 }

@@ -1,5 +1,7 @@
 //! One live sequence: its hashes and, per layer group, its table of blocks.
 
+use std::ops::Range;
+
 use super::BlockId;
 use super::hash::{BlockHash, Chain};
 use super::retention::Boundaries;
@@ -32,6 +34,14 @@ pub(super) struct Sequence {
     chain: Chain,
     pub rows: Vec<Row>,
     pub boundaries: Boundaries,
+    /// Tells it from earlier sequences of the same name.
+    pub generation: u64,
+    /// Loads that have not been answered; until then nothing of it is computed.
+    pub loading: usize,
+    /// Blocks whose load failed, as (group, index).
+    pub lost: Vec<(usize, usize)>,
+    /// Tokens that are computed again after a failed load; findable once they are.
+    pub redo: Option<Range<usize>>,
 }
 
 impl Sequence {
@@ -46,6 +56,10 @@ impl Sequence {
             chain,
             rows: vec![Row::default(); num_groups],
             boundaries: Boundaries::default(),
+            generation: 0,
+            loading: 0,
+            lost: Vec::new(),
+            redo: None,
         }
     }
 

@@ -39,12 +39,33 @@ pub struct Stats {
     pub device_hit_tokens: u64,
     /// Offloads.
     pub offloads: TransferStats,
-    /// Offloads that did not happen because no host slot could be had.
-    pub offloads_skipped: u64,
+    /// Offers to the host tier that found no slots and were put off.
+    pub offloads_refused: u64,
     /// Onboards.
     pub onboards: TransferStats,
     /// Per group, the device tier.
     pub device: Vec<TierStats>,
     /// Per group, the host tier; empty without one.
     pub host: Vec<TierStats>,
+}
+
+/// How full the tiers are, in blocks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Usage {
+    /// Blocks of the device pool, without the null block.
+    pub device_capacity: usize,
+    /// Those that could be taken now, cached ones without a user included.
+    pub device_free: usize,
+    /// Per group, blocks that tables of sequences hold.
+    pub device_live: Vec<usize>,
+    /// Per group, findable blocks, in use or not.
+    pub device_cached: Vec<usize>,
+    /// Slots of the host tier; 0 without one.
+    pub host_capacity: usize,
+    /// Slots that hold or receive a block.
+    pub host_used: usize,
+    /// Slots that transfers use.
+    pub host_pinned: usize,
+    /// Per group, findable blocks; empty without a host tier.
+    pub host_cached: Vec<usize>,
 }

@@ -46,8 +46,7 @@ impl DeviceTier {
             (block.twin_prev, block.twin_next) = (last, first);
         }
         let block = self.pool.block_mut(id);
-        (block.hash, block.group, block.index) = (hash, group as u16, index as u32);
-        block.cached = true;
+        (block.hash, block.index, block.cached) = (hash, index as u32, true);
         let stats = &mut self.stats[group];
         stats.stored_blocks += 1;
         stats.cached_blocks += 1;
@@ -74,8 +73,8 @@ impl DeviceTier {
         }
     }
 
-    /// Takes the next block of the pool for one user, dropping what it cached.
-    pub fn take(&mut self, events: &mut Events) -> Option<BlockId> {
+    /// Takes the next block of the pool for one user of a group, dropping what it cached.
+    pub fn take(&mut self, group: usize, events: &mut Events) -> Option<BlockId> {
         let id = self.pool.take()?;
         let block = *self.pool.block(id);
         if block.cached {
@@ -83,6 +82,7 @@ impl DeviceTier {
             self.stats[block.group as usize].evicted_blocks += 1;
             events.push(EventKind::Removed, block.group.into(), Tier::Device, block.index);
         }
+        self.pool.block_mut(id).group = group as u16;
         Some(id)
     }
 
