@@ -100,6 +100,8 @@ typedef struct hkv_merge_params {
 typedef struct hkv_move_params {
   const hkv_copy* copies;  // [num_copies], device or mapped pinned host
   int64_t num_copies;
+  int32_t tile_copies;  // fragments per tile, at most 512
+  int32_t tile_ctas;    // CTAs that share a tile; divides the grid
 } hkv_move_params;
 
 #endif  // HYBRIDKV_ABI_PARAMS_H_
