@@ -104,4 +104,19 @@ typedef struct hkv_move_params {
   int32_t tile_ctas;    // CTAs that share a tile; divides the grid
 } hkv_move_params;
 
+// Writes synthetic queries, keys and values of new tokens of one layer, as src/ops/synthetic.rs
+// defines them.
+typedef struct hkv_synthetic_params {
+  const uint64_t* hashes;        // [T] device: history hash of each token
+  const uint16_t* distribution;  // [K|V|Q][192 channels][128 quantiles] device, bit patterns
+  void* q;                       // [T, Hq, D] contiguous
+  void* k_new;                   // [T, Hk, D] contiguous
+  void* v_new;                   // [T, Hk, D] contiguous
+  int32_t layer;
+  int32_t num_tokens;  // T
+  int32_t num_qo_heads;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+} hkv_synthetic_params;
+
 #endif  // HYBRIDKV_ABI_PARAMS_H_

@@ -11,6 +11,7 @@ mod attention;
 mod cpu;
 mod merge;
 mod movement;
+pub mod synthetic;
 
 use std::fmt;
 
@@ -30,6 +31,7 @@ pub struct Kernels {
     device: Device,
     append: append::Loaded,
     movement: movement::Loaded,
+    synthetic: synthetic::Loaded,
     /// Images of the kernels above (none on the CPU device).
     _libraries: Vec<cuda::Library>,
 }
@@ -51,6 +53,7 @@ impl Kernels {
         Ok(Self {
             append: append::Loaded::load(&mut loader)?,
             movement: movement::Loaded::load(&mut loader)?,
+            synthetic: synthetic::Loaded::load(&mut loader)?,
             _libraries: loader.libraries,
             device: device.clone(),
         })
