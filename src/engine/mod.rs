@@ -1,1 +1,319 @@
-//! Executes the manager's transfers on a device: owns streams, events and the host arena.
+//! Executes the manager's transfers on a device.
+//!
+//! An [`Engine`] owns the device pool, the pinned host arena, and one *lane* (stream, descriptor ring,
+//! events) per direction; it does not own the manager, so that one manager may drive the engines of
+//! several ranks. It keeps the ordering half of the safety rules:
+//! - R2: an offload waits for an event recorded on the compute stream at submission; the step that wrote
+//!   the block was submitted before the manager emitted the transfer.
+//! - R3: an onboard waits for the same event, and so for the last readers and for pending fills of its
+//!   target.
+//!
+//! A transfer has ended once the event behind its batch is complete; [`Engine::poll`] says so and how it
+//! ended. [`BatchTables`] turns the block tables of a batch into the device arrays that kernels read.
+
+mod fault;
+mod lane;
+mod tables;
+
+pub use fault::{Fault, FaultKind};
+pub use lane::LaneStats;
+pub use tables::{Batch, BatchTables, SeqSlice};
+
+use std::sync::Arc;
+
+use crate::device::{DeviceBuffer, Event, PinnedBuffer, Span, StreamRef};
+use crate::error::{Error, ErrorKind, Result};
+use crate::layout::KvView;
+use crate::manager::{Direction, HostSlot, Outcome, Transfer, TransferId};
+use crate::ops::Kernels;
+use crate::spec::{GroupPlan, LayerGroup};
+use fault::Faults;
+use lane::{Lane, Move};
+
+const OP: &str = "engine";
+
+/// Host slots are multiples of this many bytes, so that direct I/O and registration never split a page.
+const SLOT_ALIGN: u64 = 4096;
+
+/// How large the host tier is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum HostSize {
+    /// Slots per device block (SGLang's `hicache_ratio`; its default is 2.0).
+    Ratio(f64),
+    /// Bytes of pinned host memory.
+    Bytes(u64),
+}
+
+/// Sizes of an engine's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Bytes of a block: the stride of the pool, a multiple of 128.
+    pub block_bytes: usize,
+    /// Blocks of the device pool, the null block included.
+    pub num_blocks: u32,
+    /// Slots of the host arena; 0 for no host tier.
+    pub num_slots: u32,
+}
+
+impl EngineConfig {
+    /// As many blocks as fit into `device_bytes`, and a host tier of the given size.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a block size of no or odd bytes, a memory too small for two blocks (the null
+    /// block and one more), more blocks than 32-bit ids, or a ratio that is no finite number >= 0.
+    pub fn sized(block_bytes: usize, device_bytes: u64, host: HostSize) -> Result<Self> {
+        let ids = |count: u64, what: &str| {
+            u32::try_from(count).ok().filter(|n| *n <= i32::MAX as u32).ok_or_else(|| {
+                Error::invalid(OP, format!("{count} {what} exceed 31-bit block ids"))
+            })
+        };
+        if block_bytes == 0 || !block_bytes.is_multiple_of(128) {
+            return Err(Error::invalid(
+                OP,
+                format!("{block_bytes} bytes per block are no positive multiple of 128"),
+            ));
+        }
+        let num_blocks = ids(device_bytes / block_bytes as u64, "blocks")?;
+        if num_blocks < 2 {
+            return Err(Error::invalid(
+                OP,
+                format!(
+                    "{device_bytes} bytes of device memory hold {num_blocks} blocks of {block_bytes} \
+                     bytes; at least 2 are needed"
+                ),
+            ));
+        }
+        let slots = match host {
+            HostSize::Ratio(ratio) if ratio.is_finite() && ratio >= 0.0 => {
+                // Saturating: what exceeds the ids is refused below.
+                (ratio * num_blocks as f64) as u64
+            }
+            HostSize::Ratio(ratio) => {
+                return Err(Error::unsupported(OP, "host ratio", ratio, "finite numbers >= 0"));
+            }
+            HostSize::Bytes(bytes) => bytes / slot_bytes(block_bytes),
+        };
+        Ok(Self { block_bytes, num_blocks, num_slots: ids(slots, "host slots")? })
+    }
+
+    /// Bytes of the device pool.
+    pub fn device_bytes(&self) -> u64 {
+        self.num_blocks as u64 * self.block_bytes as u64
+    }
+
+    /// Bytes of the host arena.
+    pub fn host_bytes(&self) -> u64 {
+        self.num_slots as u64 * slot_bytes(self.block_bytes)
+    }
+}
+
+fn slot_bytes(block_bytes: usize) -> u64 {
+    (block_bytes as u64).next_multiple_of(SLOT_ALIGN)
+}
+
+/// Bytes moved and the time it took, per direction.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct EngineStats {
+    /// Device to host.
+    pub offload: LaneStats,
+    /// Host to device.
+    pub onboard: LaneStats,
+}
+
+/// The pools of one device and the lanes between them. See the module documentation.
+pub struct Engine {
+    // Lanes first: their streams are drained (in `drop`) before the memory goes.
+    offload: Lane,
+    onboard: Lane,
+    /// Recorded on the compute stream at every submission.
+    fence: Event,
+    faults: Faults,
+    /// Ended and not yet reported.
+    ended: Vec<(TransferId, Outcome)>,
+    kernels: Arc<Kernels>,
+    config: EngineConfig,
+    pool: DeviceBuffer,
+    arena: PinnedBuffer,
+}
+
+impl Engine {
+    /// Allocates pool, arena and lanes on the device of `kernels`.
+    ///
+    /// # Errors
+    /// `OutOfMemory` for device or pinned memory that cannot be had; driver errors.
+    pub fn new(kernels: Arc<Kernels>, config: EngineConfig) -> Result<Self> {
+        let device = kernels.device();
+        let bytes = |n: u64, kind: &'static str| {
+            usize::try_from(n).map_err(|_| {
+                let reason = "more than the address space".into();
+                Error::new(OP, ErrorKind::OutOfMemory { kind, requested: n, reason })
+            })
+        };
+        let pool = device.alloc(bytes(config.device_bytes(), "device")?)?;
+        let arena = device.alloc_pinned(bytes(config.host_bytes(), "pinned host")?)?;
+        Ok(Self {
+            offload: Lane::new(device)?,
+            onboard: Lane::new(device)?,
+            fence: device.event()?,
+            faults: Faults::default(),
+            ended: Vec::new(),
+            kernels,
+            config,
+            pool,
+            arena,
+        })
+    }
+
+    /// The sizes it was built with.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    /// The device pool.
+    pub fn pool(&self) -> Span {
+        self.pool.span()
+    }
+
+    /// The memory of one block of the device pool.
+    pub fn block(&self, block: u32) -> Result<Span> {
+        let count = self.config.num_blocks;
+        if block >= count {
+            return Err(Error::invalid(OP, format!("block {block} of a pool of {count} blocks")));
+        }
+        let bytes = self.config.block_bytes as u64;
+        Ok(Span::new(self.pool.address() + block as u64 * bytes, bytes))
+    }
+
+    /// The bytes of one host slot. They are stable while no transfer to the slot is outstanding.
+    pub fn slot(&self, slot: HostSlot) -> Result<&[u8]> {
+        let span = self.slot_span(slot)?;
+        let start = (span.address - self.arena.address()) as usize;
+        Ok(&self.arena.as_slice()[start..start + span.bytes as usize])
+    }
+
+    fn slot_span(&self, slot: HostSlot) -> Result<Span> {
+        let count = self.config.num_slots;
+        if slot >= count {
+            return Err(Error::invalid(OP, format!("slot {slot} of an arena of {count} slots")));
+        }
+        let stride = slot_bytes(self.config.block_bytes);
+        let address = self.arena.address() + slot as u64 * stride;
+        Ok(Span::new(address, self.config.block_bytes as u64))
+    }
+
+    /// The pool as kernels see it through one layer group of `plan`.
+    pub fn kv_view(&self, group: &LayerGroup) -> Result<KvView> {
+        KvView::block_first(
+            self.pool(),
+            group.shape,
+            group.block_size,
+            group.layer_slots,
+            self.config.num_blocks as u64,
+            self.config.block_bytes as u64,
+        )
+    }
+
+    /// The views of all groups of a plan.
+    pub fn kv_views(&self, plan: &GroupPlan) -> Result<Vec<KvView>> {
+        plan.groups.iter().map(|group| self.kv_view(group)).collect()
+    }
+
+    /// Starts transfers, in order per direction, behind all work submitted to `compute` so far (R2, R3).
+    ///
+    /// Blocks when a lane's ring is full, until its oldest batch has ended.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a block or slot out of range: nothing was started.
+    pub fn submit(&mut self, transfers: &[Transfer], compute: StreamRef<'_>) -> Result<()> {
+        if transfers.is_empty() {
+            return Ok(());
+        }
+        for transfer in transfers {
+            self.block(transfer.block)?;
+            self.slot_span(transfer.slot)?;
+        }
+        compute.record(&self.fence)?;
+        for direction in [Direction::Offload, Direction::Onboard] {
+            let mut moves = transfers.iter().filter(|t| t.direction == direction).peekable();
+            if moves.peek().is_none() {
+                continue;
+            }
+            let lane = match direction {
+                Direction::Offload => &mut self.offload,
+                Direction::Onboard => &mut self.onboard,
+            };
+            if !self.faults.take_unordered(direction) {
+                lane.wait(&self.fence)?;
+            }
+            while moves.peek().is_some() {
+                lane.make_room(&mut self.ended)?;
+                lane.start(
+                    &self.kernels,
+                    &mut self.faults,
+                    moves.by_ref().map(|transfer| {
+                        let bytes = self.config.block_bytes as u64;
+                        let block = self.pool.address() + transfer.block as u64 * bytes;
+                        let slot = self.arena.address()
+                            + transfer.slot as u64 * slot_bytes(bytes as usize);
+                        let (src, dst) = match direction {
+                            Direction::Offload => (block, slot),
+                            Direction::Onboard => (slot, block),
+                        };
+                        Move { id: transfer.id, direction, src, dst, bytes }
+                    }),
+                )?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Appends to `ended` the transfers that have ended since the last call, and how.
+    pub fn poll(&mut self, ended: &mut Vec<(TransferId, Outcome)>) -> Result<()> {
+        self.offload.poll(&mut self.ended)?;
+        self.onboard.poll(&mut self.ended)?;
+        self.faults.hold_back(&mut self.ended);
+        ended.append(&mut self.ended);
+        Ok(())
+    }
+
+    /// Blocks until every transfer submitted so far has ended; appends what was not reported yet.
+    pub fn wait(&mut self, ended: &mut Vec<(TransferId, Outcome)>) -> Result<()> {
+        self.offload.drain(&mut self.ended)?;
+        self.onboard.drain(&mut self.ended)?;
+        self.faults.release(&mut self.ended);
+        ended.append(&mut self.ended);
+        Ok(())
+    }
+
+    /// Makes later work of `compute` wait for all onboards submitted so far, without blocking the host.
+    /// Whether they *succeeded* is known only once they were polled.
+    pub fn wait_onboarded(&self, compute: StreamRef<'_>) -> Result<()> {
+        self.onboard.make_wait(compute)
+    }
+
+    /// Transfers submitted and not yet reported.
+    pub fn outstanding(&self) -> usize {
+        self.offload.outstanding()
+            + self.onboard.outstanding()
+            + self.faults.held()
+            + self.ended.len()
+    }
+
+    /// Bytes moved so far and the time it took, by events, of the transfers that have ended.
+    pub fn stats(&self) -> EngineStats {
+        EngineStats { offload: self.offload.stats(), onboard: self.onboard.stats() }
+    }
+
+    /// Makes later transfers misbehave: for tests of what stands on the engine.
+    pub fn inject(&mut self, fault: Fault) {
+        self.faults.inject(fault);
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // The arena and the descriptors must outlive the copies. An error leaves nothing to do but free.
+        let _ = self.offload.drain(&mut self.ended);
+        let _ = self.onboard.drain(&mut self.ended);
+    }
+}

@@ -191,11 +191,14 @@ pub enum Completion {
     },
 }
 
-/// One sequence's live blocks of one group, as attention needs them.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BlockRow {
-    /// Sink blocks, then live blocks from `first_block` on.
-    pub ids: Vec<BlockId>,
+/// One sequence's live blocks of one group, as attention needs them: the row of a block table is `sinks`
+/// followed by `live`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockRow<'a> {
+    /// The sink blocks.
+    pub sinks: &'a [BlockId],
+    /// The live blocks after the sinks, from `first_block` on.
+    pub live: &'a [BlockId],
     /// Absolute index of the first live block after the sinks.
     pub first_block: u32,
 }
@@ -612,14 +615,16 @@ impl Manager {
     }
 
     /// The live blocks of a sequence in a group.
-    pub fn block_row(&self, seq: SeqId, group: usize) -> Result<BlockRow> {
+    pub fn block_row(&self, seq: SeqId, group: usize) -> Result<BlockRow<'_>> {
         const OP: &str = "block row";
         let (row, rule) = self.row(OP, seq, group)?;
         let first_block = row.first_live.max(rule.sink_blocks);
         let sinks = rule.sink_blocks.min(row.table.len());
-        let mut ids = row.table[..sinks].to_vec();
-        ids.extend_from_slice(row.table.get(first_block..).unwrap_or_default());
-        Ok(BlockRow { ids, first_block: first_block as u32 })
+        Ok(BlockRow {
+            sinks: &row.table[..sinks],
+            live: row.table.get(first_block..).unwrap_or_default(),
+            first_block: first_block as u32,
+        })
     }
 
     /// Block ids of all token positions of a group's table, 0 at freed and skipped positions.
