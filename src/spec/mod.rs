@@ -1,6 +1,11 @@
 //! What a model needs of its KV cache: attention kinds, layers, layer groups, the window table.
 
-use crate::abi;
+mod grouping;
+mod hf_config;
+mod presets;
+
+pub use self::grouping::{GroupPlan, LayerGroup};
+
 use crate::error::{Error, Result};
 use crate::layout::KvShape;
 
@@ -96,63 +101,73 @@ pub struct ModelSpec {
 
 impl ModelSpec {
     /// The spec of a preset (`llama-4-scout`, ...), unsharded, bf16 KV.
-    pub fn preset(_name: &str) -> Result<Self> {
-        todo!()
+    ///
+    /// # Errors
+    /// `Unsupported` for another name; the message lists all names.
+    pub fn preset(name: &str) -> Result<Self> {
+        presets::find(name)
     }
 
     /// Names of all presets.
     pub fn preset_names() -> impl Iterator<Item = &'static str> {
-        [].into_iter()
+        presets::names()
     }
 
-    /// The spec of a Hugging Face `config.json` (`layer_types`, `sliding_window`,
-    /// `attention_chunk_size`, `no_rope_layers`; a nested `text_config` is followed).
-    pub fn from_hf_config(_json: &str) -> Result<Self> {
-        todo!()
+    /// The spec of a Hugging Face `config.json`, unsharded (a nested `text_config` is followed).
+    ///
+    /// The kinds of the layers come from `layer_types`, else from `attention_chunk_size` with
+    /// `no_rope_layers` (Llama 4: layers without rotary embedding are full), else from `sliding_window`
+    /// with `sliding_window_pattern`, `max_window_layers` and `use_sliding_window`.
+    ///
+    /// # Errors
+    /// `Parse` for text that is not JSON, `InvalidArgument` or `Unsupported` naming the field otherwise.
+    pub fn from_hf_config(json: &str) -> Result<Self> {
+        hf_config::parse(json)
     }
 
-    /// The share of one of `tp` tensor-parallel ranks (KV heads are replicated when `tp` is larger).
-    pub fn shard(&self, _tp: u32) -> Result<Self> {
-        todo!()
+    /// The share of one of `tp` tensor-parallel ranks. KV heads are replicated when `tp` is larger than
+    /// their number.
+    ///
+    /// # Errors
+    /// `Unsupported` when heads cannot be shared equally.
+    pub fn shard(&self, tp: u32) -> Result<Self> {
+        const OP: &str = "shard";
+        let refuse = |what, heads: u32| {
+            let given = format!("{tp} for {heads} heads");
+            Err(Error::unsupported(OP, what, given, "a divisor of the number of heads"))
+        };
+        if tp == 0 || !self.num_qo_heads.is_multiple_of(tp) {
+            return refuse("tensor parallelism of", self.num_qo_heads);
+        }
+        let mut share = self.clone();
+        share.num_qo_heads /= tp;
+        for layer in &mut share.layers {
+            let heads = &mut layer.shape.num_kv_heads;
+            if heads.is_multiple_of(tp) {
+                *heads /= tp;
+            } else if tp.is_multiple_of(*heads) {
+                *heads = 1;
+            } else {
+                return refuse("tensor parallelism (KV heads) of", *heads);
+            }
+        }
+        Ok(share)
     }
 
-    /// Groups the layers for blocks of `block_size` tokens (design: bucket by kind and shape, group size
-    /// = smallest bucket, or the largest when `max < 1.5 * min`, strided assignment; unequal block bytes
-    /// unified by scaling the block size, else padded).
-    pub fn group(&self, _block_size: u32) -> Result<GroupPlan> {
-        todo!()
+    /// Groups the layers for blocks of `block_size` tokens; see [`GroupPlan`].
+    ///
+    /// # Errors
+    /// `Unsupported` for a block size that is no power of two from 8 to 128, `InvalidArgument` for a model
+    /// without layers, a window or chunk of 0, or blocks larger than memory can be addressed.
+    pub fn group(&self, block_size: u32) -> Result<GroupPlan> {
+        grouping::group(&self.layers, block_size)
+    }
+
+    /// Bytes of K and V of one token in all layers, as if every layer kept it.
+    pub fn token_bytes(&self) -> usize {
+        self.layers.iter().map(|layer| layer.shape.token_bytes()).sum()
     }
 }
 
-/// Layers that share block ids: same kind, same sinks, same KV shape.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LayerGroup {
-    /// What its layers' queries see.
-    pub kind: AttentionKind,
-    /// Sink tokens of its layers.
-    pub sink_tokens: u32,
-    /// KV shape of its layers.
-    pub shape: KvShape,
-    /// Tokens per block: a power of two, 8 to 128.
-    pub block_size: u32,
-    /// Model layer of each layer slot.
-    pub layers: Vec<u32>,
-    /// Layer slots per block, padding included (at least `layers.len()`).
-    pub layer_slots: u32,
-}
-
-/// All groups of a model over one pool of equal-sized blocks.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct GroupPlan {
-    /// Groups, full attention first.
-    pub groups: Vec<LayerGroup>,
-    /// Bytes of one block of the pool (the same for every group; a multiple of 128).
-    pub block_bytes: usize,
-}
-
-impl GroupPlan {
-    /// The window table, one row per model layer.
-    pub fn window_table(&self) -> Vec<abi::hkv_window> {
-        todo!()
-    }
-}
+#[cfg(test)]
+mod tests;
