@@ -119,4 +119,11 @@ typedef struct hkv_synthetic_params {
   int32_t head_dim;
 } hkv_synthetic_params;
 
+// Reads a contiguous range once: the machine's own limit, beside which kernels are measured.
+typedef struct hkv_read_params {
+  const void* data;    // [bytes]
+  int64_t bytes;       // a multiple of 16
+  uint32_t* checksum;  // device: the exclusive or of all 32-bit words is folded into it
+} hkv_read_params;
+
 #endif  // HYBRIDKV_ABI_PARAMS_H_

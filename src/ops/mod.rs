@@ -11,6 +11,7 @@ mod attention;
 mod cpu;
 mod merge;
 mod movement;
+mod read;
 pub mod synthetic;
 
 use std::fmt;
@@ -32,6 +33,7 @@ pub struct Kernels {
     append: append::Loaded,
     movement: movement::Loaded,
     synthetic: synthetic::Loaded,
+    read: read::Loaded,
     /// Images of the kernels above (none on the CPU device).
     _libraries: Vec<cuda::Library>,
 }
@@ -54,6 +56,7 @@ impl Kernels {
             append: append::Loaded::load(&mut loader)?,
             movement: movement::Loaded::load(&mut loader)?,
             synthetic: synthetic::Loaded::load(&mut loader)?,
+            read: read::Loaded::load(&mut loader)?,
             _libraries: loader.libraries,
             device: device.clone(),
         })
