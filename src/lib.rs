@@ -16,6 +16,7 @@ pub mod error;
 pub mod layout;
 pub mod manager;
 pub mod ops;
+pub mod plan;
 pub mod reference;
 pub mod spec;
 

@@ -36,7 +36,7 @@ use self::tiers::device::DeviceTier;
 use self::tiers::host::HostTier;
 use self::transfer::{Flights, cache_redone, offer};
 use crate::error::{Error, ErrorKind, Result};
-use crate::spec::AttentionKind;
+use crate::spec::{AttentionKind, LayerGroup};
 
 /// A caller-chosen name of a live sequence.
 pub type SeqId = u64;
@@ -56,6 +56,20 @@ pub struct GroupConfig {
     pub sink_tokens: u32,
     /// Tokens per block.
     pub block_size: u32,
+}
+
+impl GroupConfig {
+    /// Most blocks a request of `tokens` holds at once in this group when at most `in_flight` of them are
+    /// computed and not settled. The block size is at least 1.
+    pub(crate) fn max_blocks(&self, tokens: usize, in_flight: usize) -> usize {
+        Group::new(self, self.block_size as usize).max_blocks(tokens, in_flight)
+    }
+}
+
+impl From<&LayerGroup> for GroupConfig {
+    fn from(group: &LayerGroup) -> Self {
+        Self { kind: group.kind, sink_tokens: group.sink_tokens, block_size: group.block_size }
+    }
 }
 
 /// The host tier.

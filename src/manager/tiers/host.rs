@@ -147,9 +147,10 @@ impl HostTier {
             State::Resident => {
                 self.evictable -= usize::from(pins == 0);
                 self.stats[group as usize].cached_blocks -= 1;
-                events.push(EventKind::Removed, group.into(), Tier::Host, index);
             }
         }
+        // Said of a failed store, too: who was told of the offload learns how it ended.
+        events.push(EventKind::Removed, group.into(), Tier::Host, index);
         self.index[group as usize].remove(&hash);
         if self.order.contains(slot + 1) {
             self.order.remove(slot + 1);
