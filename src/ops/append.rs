@@ -1,6 +1,6 @@
 //! `append`: the slot-mapped write of new K and V into their blocks.
 
-use super::{HeadStrides, Kernel, Kernels, Loader, WindowTable, cpu};
+use super::{HeadStrides, Kernel, Kernels, Loader, WindowTable, checks, cpu};
 use crate::abi::{hkv_append_params, hkv_window};
 use crate::device::cuda::LaunchConfig;
 use crate::device::{Span, StreamRef};
@@ -65,6 +65,10 @@ impl Kernels {
             return Ok(());
         }
         args.check()?;
+        if self.checked {
+            // SAFETY: the caller's promise about the spans.
+            unsafe { checks::append(args, stream)? };
+        }
         let strides = &args.kv.strides;
         let params = hkv_append_params {
             k_new: args.k_new.address as *const _,

@@ -7,6 +7,7 @@
 
 mod append;
 mod attention;
+mod checks;
 #[allow(dead_code, reason = "attention and merge_states wait for their launchers")]
 mod cpu;
 mod merge;
@@ -18,6 +19,9 @@ use std::fmt;
 
 pub use append::AppendArgs;
 pub use attention::{AttentionArgs, BlockTables, HeadStrides, WindowTable};
+pub use checks::{
+    AttentionTables, check_attention_tables, check_copies, check_slots, check_window,
+};
 pub use merge::MergeArgs;
 pub use movement::{CtaQuota, MoveArgs};
 
@@ -30,6 +34,8 @@ use crate::error::Result;
 /// Every launcher is `unsafe`: it takes addresses, and its `# Safety` section says what they must be.
 pub struct Kernels {
     device: Device,
+    /// Launchers validate device tables first.
+    checked: bool,
     append: append::Loaded,
     movement: movement::Loaded,
     synthetic: synthetic::Loaded,
@@ -59,6 +65,7 @@ impl Kernels {
             read: read::Loaded::load(&mut loader)?,
             _libraries: loader.libraries,
             device: device.clone(),
+            checked: false,
         })
     }
 

@@ -1,6 +1,6 @@
 //! `move_blocks`: batched gather/scatter of fragments between device and pinned host memory.
 
-use super::{Kernel, Kernels, Loader, cpu};
+use super::{Kernel, Kernels, Loader, checks, cpu};
 use crate::abi::{hkv_copy, hkv_move_params};
 use crate::device::cuda::LaunchConfig;
 use crate::device::{Span, StreamRef};
@@ -78,6 +78,10 @@ impl Kernels {
             return Ok(());
         }
         args.check()?;
+        if self.checked {
+            // SAFETY: the caller's promise about the table.
+            unsafe { checks::move_blocks(args, stream)? };
+        }
         let ctas = args.quota.resolve(self.device.info().multiprocessors);
         let tiling = Tiling::of(args.num_copies, ctas);
         let params = hkv_move_params {
