@@ -18,12 +18,22 @@ fn a_device_that_is_not_there_is_a_typed_error() {
 
 #[test]
 fn memory_that_is_not_there_is_a_typed_error() {
-    let device = Device::cpu();
-    for result in [device.alloc(1 << 60).err(), device.alloc_pinned(1 << 60).err()] {
-        let error = result.expect("no machine has an exbibyte");
-        assert!(
-            matches!(error.kind(), ErrorKind::OutOfMemory { requested, .. } if *requested == 1 << 60)
-        );
+    let mut devices = vec![Device::cpu()];
+    match Device::cuda(0) {
+        Ok(device) => devices.push(device),
+        Err(error) => eprintln!("SKIPPED on the GPU: no CUDA device ({error})"),
+    }
+    for device in devices {
+        for result in [device.alloc(1 << 50).err(), device.alloc_pinned(1 << 50).err()] {
+            let error = result.expect("no machine has a pebibyte");
+            let ErrorKind::OutOfMemory { requested, reason, .. } = error.kind() else {
+                panic!("unexpected {error:?}")
+            };
+            assert_eq!(*requested, 1 << 50);
+            assert!(!reason.is_empty());
+        }
+        let memory = device.alloc(1 << 20).expect("nothing was lost");
+        assert_eq!(memory.len(), 1 << 20);
     }
 }
 

@@ -2,6 +2,7 @@
 //! modes, and a GPU when there is one.
 
 use std::collections::BTreeSet;
+use std::sync::OnceLock;
 
 use hybridkv::ErrorKind;
 use hybridkv::abi::{HKV_LAYER_FULL, hkv_copy, hkv_window};
@@ -11,20 +12,25 @@ use hybridkv::layout::{Dtype, KvShape, KvStrides, KvView};
 use hybridkv::ops::{AppendArgs, CtaQuota, HeadStrides, Kernels, MoveArgs, WindowTable};
 use proptest::prelude::*;
 
-/// The kernels of a GPU; says loudly when there is none.
-fn cuda() -> Option<Kernels> {
-    match Device::cuda(0).and_then(|device| Kernels::load(&device)) {
-        Ok(kernels) => Some(kernels),
-        Err(error) => {
-            eprintln!("SKIPPED on the GPU: no CUDA device ({error})");
-            None
+/// A GPU with kernels, opened once; says loudly when there is none.
+fn cuda() -> Option<&'static Device> {
+    static CUDA: OnceLock<Option<Device>> = OnceLock::new();
+    let open = || {
+        let opened = Device::cuda(0).and_then(|device| Kernels::load(&device).map(|_| device));
+        match opened {
+            Ok(device) => Some(device),
+            Err(error) => {
+                eprintln!("SKIPPED on the GPU: no CUDA device, or no kernels for it ({error})");
+                None
+            }
         }
-    }
+    };
+    CUDA.get_or_init(open).as_ref()
 }
 
 fn all_kernels(seed: u64) -> Vec<Kernels> {
     let cpus = [Device::cpu(), Device::cpu_deferred(seed)];
-    cpus.iter().map(|device| Kernels::load(device).unwrap()).chain(cuda()).collect()
+    cpus.iter().chain(cuda()).map(|device| Kernels::load(device).unwrap()).collect()
 }
 
 /// Deterministic bytes without a period that fits any stride.
@@ -434,8 +440,8 @@ fn host_known_copy_tables_are_held_to_their_memory() {
 fn a_captured_append_and_move_replay_with_other_slots() {
     let cpu = Device::cpu().stream().map(|s| Graph::capture(s.as_ref(), |_| Ok(())).err());
     assert!(matches!(cpu, Ok(Some(_))), "the CPU device has no graphs");
-    let Some(kernels) = cuda() else { return };
-    let device = kernels.device();
+    let Some(device) = cuda() else { return };
+    let kernels = Kernels::load(device).unwrap();
     let case = example();
     let pool = noise(case.pool_bytes(), 1);
     let new = new_tokens(&case);

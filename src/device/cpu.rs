@@ -47,10 +47,10 @@ impl CpuDevice {
         Self {
             info: DeviceInfo {
                 kind: DeviceKind::Cpu,
-                name: format!("CPU ({})", std::env::consts::ARCH),
+                name: super::host::processor_name(),
                 compute_capability: (0, 0),
                 multiprocessors: cores,
-                memory_bytes: super::host_memory::total_bytes().unwrap_or(0),
+                memory_bytes: super::host::total_bytes().unwrap_or(0),
                 l2_bytes: 0,
                 shared_memory_bytes: 0,
                 driver_version: 0,

@@ -7,7 +7,7 @@
 
 pub mod cpu;
 pub mod cuda;
-mod host_memory;
+mod host;
 
 use std::ffi::c_void;
 use std::fmt;

@@ -11,6 +11,7 @@ use cudarc::driver::sys;
 use crate::error::{Error, ErrorKind, Result};
 
 pub(super) const OUT_OF_MEMORY: u32 = 2;
+const NOT_INITIALIZED: u32 = 3;
 const STUB_LIBRARY: u32 = 34;
 pub(super) const NO_DEVICE: u32 = 100;
 pub(super) const INVALID_IMAGE: u32 = 200;
@@ -210,13 +211,13 @@ impl Driver {
         Ok(version as u32)
     }
 
-    /// How many devices there are.
+    /// How many devices there are. Without any, the driver does not initialise.
     pub fn count(&self) -> Result<usize, Failure> {
         let mut count = 0;
         // SAFETY: the pointer is to a live integer.
         match unsafe { self.device_get_count(&mut count) } {
             Ok(()) => Ok(count as usize),
-            Err(Failure { code: NO_DEVICE, .. }) => Ok(0),
+            Err(Failure { code: NO_DEVICE | NOT_INITIALIZED, .. }) => Ok(0),
             Err(failure) => Err(failure),
         }
     }

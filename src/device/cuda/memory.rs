@@ -12,12 +12,12 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use super::driver::{Failure, OUT_OF_MEMORY};
 use super::{Backend, CudaDevice};
-use crate::device::host_memory;
+use crate::device::host;
 use crate::error::{Error, ErrorKind, Result};
 
 const PAGE: usize = 4096;
 /// Bytes per registration. The driver overflows on single registrations of some hundred GiB.
-const CHUNK: usize = 16 << 30;
+pub(super) const REGISTRATION_BYTES: usize = 16 << 30;
 /// `CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP`.
 const REGISTER_FLAGS: u32 = 0x01 | 0x02;
 /// Bytes one thread touches at least; fewer are not worth a thread.
@@ -57,10 +57,10 @@ impl CudaDevice {
     pub(super) fn map_pinned(&self, bytes: usize) -> Result<u64> {
         const KIND: &str = "pinned host";
         let refused = |reason: String| {
-            out_of_memory(KIND, bytes, format!("{reason}; {}", host_memory::describe_limits()))
+            out_of_memory(KIND, bytes, format!("{reason}; {}", host::describe_limits()))
         };
         // Touching more than there is ends the process, not the call.
-        if host_memory::available_bytes().is_some_and(|available| bytes as u64 > available) {
+        if host::available_bytes().is_some_and(|available| bytes as u64 > available) {
             return Err(refused("the machine has less available".into()));
         }
         let length = mapped_bytes(bytes).ok_or_else(|| refused("the size overflows".into()))?;
@@ -70,7 +70,7 @@ impl CudaDevice {
                 std::ptr::null_mut(),
                 length,
                 ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
+                MapFlags::PRIVATE,
             )
         }
         .map_err(|error| refused(format!("mmap failed: {error}")))?;
@@ -108,18 +108,17 @@ impl CudaDevice {
     /// Registers `[pointer, pointer + length)` chunk by chunk: all of it or nothing.
     fn register(&self, pointer: *mut c_void, length: usize) -> Result<(), Unregistered> {
         let _current = self.make_current().map_err(Unregistered::Refused)?;
-        for offset in (0..length).step_by(CHUNK) {
+        for offset in (0..length).step_by(self.registration_bytes) {
             let chunk = pointer.wrapping_byte_add(offset);
-            let result = self.register_chunk(chunk, CHUNK.min(length - offset));
+            let result = self.register_chunk(chunk, self.registration_bytes.min(length - offset));
             if let Err(error) = result {
                 self.unregister(pointer, offset);
                 return Err(error);
             }
         }
         let mut seams = self.seams.write().unwrap_or_else(PoisonError::into_inner);
-        seams.extend(
-            (0..length).step_by(CHUNK).skip(1).map(|offset| pointer as u64 + offset as u64),
-        );
+        let offsets = (0..length).step_by(self.registration_bytes);
+        seams.extend(offsets.skip(1).map(|offset| pointer as u64 + offset as u64));
         seams.sort_unstable();
         Ok(())
     }
@@ -143,7 +142,7 @@ impl CudaDevice {
     /// Undoes `register` for the chunks in the first `length` bytes, last one first.
     fn unregister(&self, pointer: *mut c_void, length: usize) {
         let Ok(_current) = self.make_current() else { return };
-        for offset in (0..length).step_by(CHUNK).rev() {
+        for offset in (0..length).step_by(self.registration_bytes).rev() {
             // SAFETY: a chunk that was registered. Nothing can be done about a failure.
             let _ = unsafe { self.driver.mem_host_unregister(pointer.wrapping_byte_add(offset)) };
         }
@@ -195,6 +194,68 @@ pub(super) fn until_seam(seams: &[u64], address: u64, bytes: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::CopyRegion;
+
+    /// A GPU that registers memory in small chunks; says loudly when there is none.
+    fn cuda(registration_bytes: usize) -> Option<CudaDevice> {
+        match CudaDevice::open(0) {
+            Ok(mut device) => {
+                device.registration_bytes = registration_bytes;
+                Some(device)
+            }
+            Err(error) => {
+                eprintln!("SKIPPED: no CUDA device ({error})");
+                None
+            }
+        }
+    }
+
+    #[test]
+    fn copies_and_fills_cross_registrations() {
+        const CHUNK: usize = 1 << 20;
+        const BYTES: usize = 3 * CHUNK + 4096;
+        let Some(device) = cuda(CHUNK) else { return };
+        let (from, to) = (device.map_pinned(BYTES).unwrap(), device.map_pinned(BYTES).unwrap());
+        assert_eq!(device.seams.read().unwrap().len(), 6);
+        let stream = device.stream_create().unwrap();
+        // SAFETY: both buffers are live until they are unmapped at the end, after the stream is done.
+        unsafe {
+            device.fill(from, 5, BYTES, stream).unwrap();
+            let region = CopyRegion { src: from + 100, dst: to + 300, bytes: BYTES - 300 };
+            device.copy(region, stream).unwrap();
+            device.stream_synchronize(stream).unwrap();
+            let copied = std::slice::from_raw_parts(to as *const u8, BYTES);
+            assert!(copied[..300].iter().all(|&byte| byte == 0));
+            assert!(copied[300..].iter().all(|&byte| byte == 5));
+            device.stream_destroy(stream);
+            device.unmap_pinned(from, BYTES);
+            device.unmap_pinned(to, BYTES);
+        }
+        assert!(device.seams.read().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_registration_that_fails_half_way_is_undone() {
+        const CHUNK: usize = 1 << 20;
+        let Some(device) = cuda(CHUNK) else { return };
+        let length = 3 * CHUNK;
+        // SAFETY: a new anonymous mapping, unmapped at the end.
+        let pointer = unsafe {
+            let access = ProtFlags::READ | ProtFlags::WRITE;
+            mmap_anonymous(std::ptr::null_mut(), length, access, MapFlags::PRIVATE).unwrap()
+        };
+        let last = pointer.wrapping_byte_add(2 * CHUNK);
+        assert!(device.register_chunk(last, CHUNK).is_ok());
+        assert!(device.register(pointer, length).is_err(), "the last chunk is registered already");
+        let _current = device.make_current().unwrap();
+        // SAFETY: registered above; mapped above and registered no more at the end.
+        unsafe {
+            device.driver.mem_host_unregister(last).unwrap();
+            assert!(device.register(pointer, length).is_ok(), "the first chunks were released");
+            device.unregister(pointer, length);
+            munmap(pointer, length).unwrap();
+        }
+    }
 
     #[test]
     fn copies_stop_at_seams() {

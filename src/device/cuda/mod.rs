@@ -34,6 +34,8 @@ pub struct CudaDevice {
     info: DeviceInfo,
     /// Addresses at which two registrations of one pinned buffer meet: no single copy may cross one.
     seams: RwLock<Vec<u64>>,
+    /// Bytes of pinned memory per registration with the driver.
+    registration_bytes: usize,
 }
 
 // SAFETY: the driver API is thread safe, and the context handle may be used from any thread.
@@ -65,7 +67,15 @@ impl CudaDevice {
         let mut context = std::ptr::null_mut();
         // SAFETY: the pointer is to a live handle; `drop` releases what is retained here.
         unsafe { driver.primary_ctx_retain(&mut context, device)? };
-        Ok(Self { driver, ordinal, device, context, info, seams: RwLock::default() })
+        Ok(Self {
+            driver,
+            ordinal,
+            device,
+            context,
+            info,
+            seams: RwLock::default(),
+            registration_bytes: memory::REGISTRATION_BYTES,
+        })
     }
 
     /// How many devices the driver lists.

@@ -1,6 +1,18 @@
-//! What the operating system says about host memory: how much there is, and what limits it.
+//! What the operating system says about the host: its processor, how much memory there is, and what
+//! limits it.
 
 use std::fs;
+
+/// Marketing name of the processor, or its architecture.
+pub fn processor_name() -> String {
+    fs::read_to_string("/proc/cpuinfo")
+        .ok()
+        .and_then(|text| {
+            let row = text.lines().find(|line| line.starts_with("model name"))?;
+            Some(row.split_once(':')?.1.trim().to_owned())
+        })
+        .unwrap_or_else(|| std::env::consts::ARCH.to_owned())
+}
 
 /// Total memory of the machine in bytes, where it can be known.
 pub fn total_bytes() -> Option<u64> {
