@@ -112,18 +112,22 @@ impl KvView {
         block_stride_bytes: u64,
     ) -> Result<Self> {
         const OP: &str = "kv view";
-        let element = shape.dtype.bytes() as i64;
-        let token = shape.head_dim as i64;
-        let head = token * block_size as i64;
-        let half = head * shape.num_kv_heads as i64;
-        let layer = 2 * half;
+        let overflow = || Error::invalid(OP, "a block of this shape overflows 64-bit addresses");
         if !block_stride_bytes.is_multiple_of(16) {
             return Err(Error::invalid(
                 OP,
                 format!("a block stride of {block_stride_bytes} bytes is no multiple of 16"),
             ));
         }
-        let needed = (layer * element) as u64 * num_layer_slots as u64;
+        let element = shape.dtype.bytes() as i64;
+        let token = i64::from(shape.head_dim);
+        let head = token.checked_mul(i64::from(block_size)).ok_or_else(overflow)?;
+        let half = head.checked_mul(i64::from(shape.num_kv_heads)).ok_or_else(overflow)?;
+        let layer = half.checked_mul(2).ok_or_else(overflow)?;
+        let needed = layer
+            .checked_mul(element)
+            .and_then(|bytes| bytes.checked_mul(i64::from(num_layer_slots)))
+            .ok_or_else(overflow)? as u64;
         if block_stride_bytes < needed {
             return Err(Error::invalid(
                 OP,
@@ -132,11 +136,13 @@ impl KvView {
                 ),
             ));
         }
+        let block = i64::try_from(block_stride_bytes).map_err(|_| overflow())? / element;
         let v_offset = (half * element) as u64;
+        let v = pool.address.checked_add(v_offset).ok_or_else(overflow)?;
         let view = Self {
             k: pool,
-            v: Span::new(pool.address + v_offset, pool.bytes.saturating_sub(v_offset)),
-            strides: KvStrides { block: block_stride_bytes as i64 / element, layer, head, token },
+            v: Span::new(v, pool.bytes.saturating_sub(v_offset)),
+            strides: KvStrides { block, layer, head, token },
             shape,
             block_size,
             num_blocks,
@@ -146,7 +152,8 @@ impl KvView {
         Ok(view)
     }
 
-    /// Checks block size, alignment (16 bytes) and that every addressable element lies in the buffers.
+    /// Checks block size, alignment (16 bytes), that no two elements share an address, and that every
+    /// element lies in the buffers.
     ///
     /// # Errors
     /// `Unsupported` or `InvalidArgument`, in the name of the operation `op`.
@@ -159,12 +166,15 @@ impl KvView {
                 "8, 16, 32, 64, 128",
             ));
         }
-        let element = self.shape.dtype.bytes() as i64;
-        let s = &self.strides;
-        for (name, stride) in
-            [("block", s.block), ("layer", s.layer), ("head", s.head), ("token", s.token)]
-        {
-            if stride < 0 || (stride * element) % 16 != 0 {
+        let element = self.shape.dtype.bytes() as u64;
+        let mut dimensions = [
+            (self.strides.block, self.num_blocks, "block"),
+            (self.strides.layer, u64::from(self.num_layer_slots), "layer"),
+            (self.strides.head, u64::from(self.shape.num_kv_heads), "head"),
+            (self.strides.token, u64::from(self.block_size), "token"),
+        ];
+        for (stride, _, name) in dimensions {
+            if stride < 0 || stride as u64 % (16 / element) != 0 {
                 return Err(Error::invalid(
                     op,
                     format!(
@@ -173,20 +183,85 @@ impl KvView {
                 ));
             }
         }
-        let reach = |count: u64, stride: i64| -> Option<u64> {
-            count.checked_sub(1).map_or(Some(0), |last| last.checked_mul(stride as u64))
-        };
-        let last = reach(self.num_blocks, s.block)
-            .and_then(|x| x.checked_add(reach(self.num_layer_slots as u64, s.layer)?))
-            .and_then(|x| x.checked_add(reach(self.shape.num_kv_heads as u64, s.head)?))
-            .and_then(|x| x.checked_add(reach(self.block_size as u64, s.token)?))
-            .and_then(|x| x.checked_add(self.shape.head_dim as u64))
-            .and_then(|x| x.checked_mul(element as u64))
+        // From the innermost dimension out: how far the elements seen so far reach.
+        dimensions.sort_unstable();
+        let mut extent = u64::from(self.shape.head_dim);
+        for (stride, count, name) in dimensions.into_iter().filter(|&(_, count, _)| count > 1) {
+            if (stride as u64) < extent {
+                return Err(Error::invalid(
+                    op,
+                    format!(
+                        "{name} stride of {stride} elements lets {name}s overlap, which reach {extent}"
+                    ),
+                ));
+            }
+            extent = (stride as u64)
+                .checked_mul(count - 1)
+                .and_then(|last| last.checked_add(extent))
+                .ok_or_else(|| Error::invalid(op, "the strides overflow 64-bit addresses"))?;
+        }
+        let last = extent
+            .checked_mul(element)
             .ok_or_else(|| Error::invalid(op, "the strides overflow 64-bit addresses"))?;
         if self.num_blocks > 0 {
             self.k.check(op, "the K buffer", last, 16)?;
             self.v.check(op, "the V buffer", last, 16)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: KvShape = KvShape { num_kv_heads: 2, head_dim: 64, dtype: Dtype::Bf16 };
+    /// Bytes of K and V of 16 tokens in one layer.
+    const LAYER: u64 = 2 * 2 * 64 * 16 * 2;
+
+    fn native(blocks: u64) -> Result<KvView> {
+        KvView::block_first(Span::new(4096, 3 * LAYER * 5), SHAPE, 16, 3, blocks, 3 * LAYER)
+    }
+
+    #[test]
+    fn the_native_view_fills_its_pool_exactly() {
+        let view = native(5).unwrap();
+        assert_eq!(view.v.address - view.k.address, LAYER / 2);
+        assert!(native(6).unwrap_err().to_string().contains("are needed"));
+        let mut short = view;
+        short.v.bytes -= 1;
+        assert!(short.check("test").is_err());
+    }
+
+    #[test]
+    fn strides_under_which_elements_share_an_address_are_refused() {
+        let view = native(5).unwrap();
+        let changes: [fn(&mut KvView); 4] = [
+            |view| view.strides.token = 56,
+            |view| view.strides.head = 0,
+            |view| view.strides.layer = view.strides.head,
+            |view| view.strides.block -= view.strides.layer,
+        ];
+        for change in changes {
+            let mut wrong = view;
+            change(&mut wrong);
+            let message = wrong.check("test").unwrap_err().to_string();
+            assert!(message.contains("overlap"), "{message}");
+        }
+        // A stride that nothing is multiplied with may be anything.
+        KvView { num_layer_slots: 1, strides: KvStrides { layer: 0, ..view.strides }, ..view }
+            .check("test")
+            .unwrap();
+    }
+
+    #[test]
+    fn absurd_sizes_are_errors_not_overflows() {
+        let most = u32::MAX;
+        let shape = KvShape { num_kv_heads: most, head_dim: most, dtype: Dtype::F16 };
+        let pool = Span::new(4096, u64::MAX);
+        assert!(KvView::block_first(pool, shape, most, most, u64::MAX, u64::MAX - 15).is_err());
+        let mut view = native(5).unwrap();
+        view.strides.block = i64::MAX - 7;
+        assert!(view.check("test").is_err());
     }
 }

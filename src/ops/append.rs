@@ -133,7 +133,7 @@ impl AppendArgs {
         self.k_new.check(OP, "k_new", needed, 16)?;
         self.v_new.check(OP, "v_new", needed, 16)?;
         for (name, stride) in [("token", self.new_strides.token), ("head", self.new_strides.head)] {
-            if stride * element as i64 % 16 != 0 {
+            if stride % (16 / element as i64) != 0 {
                 return Err(Error::invalid(
                     OP,
                     format!("{name} stride of {stride} elements is no multiple of 16 bytes"),
