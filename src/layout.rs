@@ -174,7 +174,7 @@ impl KvView {
             (self.strides.token, u64::from(self.block_size), "token"),
         ];
         for (stride, _, name) in dimensions {
-            if stride < 0 || stride as u64 % (16 / element) != 0 {
+            if stride < 0 || !(stride as u64).is_multiple_of(16 / element) {
                 return Err(Error::invalid(
                     op,
                     format!(

@@ -1,5 +1,7 @@
 //! What happens on machines and with arguments that cannot be served.
 
+mod common;
+
 use hybridkv::ErrorKind;
 use hybridkv::device::Device;
 
@@ -19,10 +21,7 @@ fn a_device_that_is_not_there_is_a_typed_error() {
 #[test]
 fn memory_that_is_not_there_is_a_typed_error() {
     let mut devices = vec![Device::cpu()];
-    match Device::cuda(0) {
-        Ok(device) => devices.push(device),
-        Err(error) => eprintln!("SKIPPED on the GPU: no CUDA device ({error})"),
-    }
+    devices.extend(common::cuda().cloned());
     for device in devices {
         for result in [device.alloc(1 << 50).err(), device.alloc_pinned(1 << 50).err()] {
             let error = result.expect("no machine has a pebibyte");

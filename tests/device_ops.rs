@@ -1,36 +1,20 @@
 //! `append` and `move_blocks`, bit by bit against plain loops, on every device at hand: the CPU in both
 //! modes, and a GPU when there is one.
 
+mod common;
+
 use std::collections::BTreeSet;
-use std::sync::OnceLock;
 
 use hybridkv::ErrorKind;
 use hybridkv::abi::{HKV_LAYER_FULL, hkv_copy, hkv_window};
-use hybridkv::device::cuda::Graph;
 use hybridkv::device::{Device, DeviceBuffer, Span};
 use hybridkv::layout::{Dtype, KvShape, KvStrides, KvView};
 use hybridkv::ops::{AppendArgs, CtaQuota, HeadStrides, Kernels, MoveArgs, WindowTable};
 use proptest::prelude::*;
 
-/// A GPU with kernels, opened once; says loudly when there is none.
-fn cuda() -> Option<&'static Device> {
-    static CUDA: OnceLock<Option<Device>> = OnceLock::new();
-    let open = || {
-        let opened = Device::cuda(0).and_then(|device| Kernels::load(&device).map(|_| device));
-        match opened {
-            Ok(device) => Some(device),
-            Err(error) => {
-                eprintln!("SKIPPED on the GPU: no CUDA device, or no kernels for it ({error})");
-                None
-            }
-        }
-    };
-    CUDA.get_or_init(open).as_ref()
-}
-
 fn all_kernels(seed: u64) -> Vec<Kernels> {
     let cpus = [Device::cpu(), Device::cpu_deferred(seed)];
-    cpus.iter().chain(cuda()).map(|device| Kernels::load(device).unwrap()).collect()
+    cpus.iter().chain(common::cuda()).map(|device| Kernels::load(device).unwrap()).collect()
 }
 
 /// Deterministic bytes without a period that fits any stride.
@@ -175,8 +159,8 @@ impl Append {
 struct Loaded {
     pool: DeviceBuffer,
     new: [DeviceBuffer; 2],
-    slots: DeviceBuffer,
-    windows: DeviceBuffer,
+    _windows: DeviceBuffer,
+    _slots: DeviceBuffer,
     args: AppendArgs,
 }
 
@@ -211,7 +195,7 @@ fn load(case: &Append, device: &Device, pool: &[u8], new: &[Vec<u8>; 2], slots: 
         layer: LAYER,
         num_tokens: case.num_tokens,
     };
-    Loaded { pool, new, slots, windows, args }
+    Loaded { pool, new, _windows: windows, _slots: slots, args }
 }
 
 fn new_tokens(case: &Append) -> [Vec<u8>; 2] {
@@ -432,52 +416,6 @@ fn host_known_copy_tables_are_held_to_their_memory() {
     assert!(check(&[copy(0x1000, 0x8090, 0x80)]).is_err(), "leaves its range");
     assert!(check(&[copy(0x2000, 0x8000, 0x80)]).is_err(), "no range of ours");
     assert!(check(&[copy(0x1000, 0x8000, u64::MAX - 15)]).is_err(), "overflows");
-}
-
-/// What a graph replays: an append, then the written blocks moved to the host, with the slots of the
-/// replay and not of the capture.
-#[test]
-fn a_captured_append_and_move_replay_with_other_slots() {
-    let cpu = Device::cpu().stream().map(|s| Graph::capture(s.as_ref(), |_| Ok(())).err());
-    assert!(matches!(cpu, Ok(Some(_))), "the CPU device has no graphs");
-    let Some(device) = cuda() else { return };
-    let kernels = Kernels::load(device).unwrap();
-    let case = example();
-    let pool = noise(case.pool_bytes(), 1);
-    let new = new_tokens(&case);
-    let loaded = load(&case, device, &pool, &new, &[-1; 5]);
-    let stream = device.stream().unwrap();
-    let host = device.alloc_pinned(pool.len()).unwrap();
-    let rows = [[loaded.pool.address(), host.address(), pool.len() as u64]];
-    let table = device.upload(&rows).unwrap();
-    let moves = MoveArgs { copies: table.span(), num_copies: 1, quota: CtaQuota::HOST_LINK };
-    let graph = Graph::capture(stream.as_ref(), |stream| {
-        // SAFETY: everything outlives the replays below.
-        unsafe {
-            kernels.append(&loaded.args, stream)?;
-            kernels.move_blocks(&moves, stream)
-        }
-    })
-    .unwrap();
-    assert!(host.as_slice().iter().all(|&byte| byte == 0), "capturing runs nothing");
-    let mut expected = pool;
-    for slots in [case.slots(), vec![-1, 60, 61, 3, -1]] {
-        let mut all = vec![-1i64; 10];
-        all[5..].copy_from_slice(&slots);
-        expected = case.expected(&expected, &new, &slots);
-        let upload = device.upload(&all).unwrap();
-        // SAFETY: everything outlives the synchronisation; slots are distinct and inside of the pool.
-        unsafe {
-            stream.as_ref().copy(upload.address(), loaded.slots.address(), 80).unwrap();
-            graph.launch(stream.as_ref()).unwrap();
-        }
-        stream.as_ref().synchronize().unwrap();
-        assert!(host.as_slice() == expected);
-    }
-    let failed = Graph::capture(stream.as_ref(), |stream| stream.synchronize());
-    assert!(failed.is_err(), "synchronising cannot be captured");
-    stream.as_ref().synchronize().unwrap();
-    drop(loaded.windows);
 }
 
 /// Every size class the tiling distinguishes: fewer fragments than CTAs, more tiles than CTAs.

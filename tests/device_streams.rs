@@ -1,6 +1,8 @@
 //! Streams and events: order that is promised holds under every schedule of the CPU device, and order
 //! that is not promised is broken by some schedule.
 
+mod common;
+
 use std::sync::{Arc, Mutex};
 
 use hybridkv::device::{Device, Stream};
@@ -34,7 +36,11 @@ fn an_event_wait_orders_two_streams_under_every_schedule() {
     for seed in SEEDS {
         assert!(relay(&Device::cpu_deferred(seed), true).iter().all(|&b| b == 7), "seed {seed}");
     }
-    assert!(relay(&Device::cpu(), true).iter().all(|&b| b == 7));
+    for device in std::iter::once(&Device::cpu()).chain(common::cuda()) {
+        for _ in 0..10 {
+            assert!(relay(device, true).iter().all(|&b| b == 7), "{device:?}");
+        }
+    }
 }
 
 #[test]
@@ -79,7 +85,7 @@ fn fresh_device_memory_is_poison_and_pinned_memory_is_zero() {
 
 #[test]
 fn uploads_and_downloads_give_back_what_went_in() {
-    for device in [Device::cpu(), Device::cpu_deferred(5)] {
+    for device in [Device::cpu(), Device::cpu_deferred(5)].iter().chain(common::cuda()) {
         let values: Vec<u32> = (0..1000).collect();
         let buffer = device.upload(&values).unwrap();
         assert_eq!(buffer.len(), 4000);
@@ -109,13 +115,16 @@ fn polling_an_event_ends() {
 
 #[test]
 fn timed_events_measure_and_refuse_what_is_not_complete() {
-    let device = Device::cpu();
-    let stream = device.stream().unwrap();
-    let (start, end) = (device.timed_event().unwrap(), device.timed_event().unwrap());
-    assert!(end.elapsed_ms_since(&start).is_err(), "never recorded");
-    stream.as_ref().record(&start).unwrap();
-    stream.as_ref().record(&end).unwrap();
-    assert!(end.elapsed_ms_since(&start).unwrap() >= 0.0);
+    for device in [Device::cpu(), Device::cpu_deferred(0)].iter().chain(common::cuda()) {
+        let stream = device.stream().unwrap();
+        let (start, end) = (device.timed_event().unwrap(), device.timed_event().unwrap());
+        assert!(end.elapsed_ms_since(&start).is_err(), "never recorded");
+        stream.as_ref().record(&start).unwrap();
+        stream.as_ref().record(&end).unwrap();
+        end.synchronize().unwrap();
+        assert!(end.is_complete().unwrap());
+        assert!(end.elapsed_ms_since(&start).unwrap() >= 0.0);
+    }
 }
 
 #[test]
@@ -129,6 +138,26 @@ fn work_of_a_dropped_stream_still_happens() {
         drop(stream);
         device.synchronize().unwrap();
         assert_eq!(out.as_slice(), [3; 64]);
+    }
+}
+
+#[test]
+fn a_foreign_stream_is_used_as_it_is() {
+    for device in [Device::cpu(), Device::cpu_deferred(0)].iter().chain(common::cuda()) {
+        let owner = device.stream().unwrap();
+        let out = device.alloc_pinned(64).unwrap();
+        for raw in [owner.as_ref().raw(), std::ptr::null_mut()] {
+            // SAFETY: the owner outlives the reference, the null stream is always there, and the buffer
+            // outlives the synchronisation.
+            unsafe {
+                let foreign = device.foreign_stream(raw);
+                foreign.fill(out.address(), 9, 64).unwrap();
+                foreign.synchronize().unwrap();
+                assert_eq!(out.as_slice(), [9; 64]);
+                foreign.fill(out.address(), 0, 64).unwrap();
+                foreign.synchronize().unwrap();
+            }
+        }
     }
 }
 

@@ -24,7 +24,8 @@ unsafe impl Send for Graph {}
 
 impl Graph {
     /// Captures what `work` submits to `stream` (and to streams joined to it by events), without running
-    /// it.
+    /// it. Meanwhile no thread may wait for the whole device, which dropping pinned memory, graphs and
+    /// kernels does too: the driver would give the capture up.
     ///
     /// # Errors
     /// The stream is not of a CUDA device, `work` fails (its own error), or it did something that cannot

@@ -46,10 +46,10 @@ impl CudaDevice {
     /// # Safety
     /// `address` comes from `alloc_device` and is not used afterwards.
     pub(super) unsafe fn free_device(&self, address: u64) {
-        // Not documented to wait for kernels that use the memory, so wait first.
-        let _ = self.synchronize();
         if let Ok(_current) = self.make_current() {
-            // SAFETY: the caller's promise. Nothing can be done about a failure.
+            // SAFETY: the caller's promise. The driver waits for all work of the device before it gives
+            // the memory back. (Waiting here as well would invalidate captures of other threads.) Nothing
+            // can be done about a failure.
             let _ = unsafe { self.driver.mem_free(address) };
         }
     }
