@@ -105,16 +105,29 @@ pub struct AttentionTables<'a> {
     pub window: hkv_window,
 }
 
-/// Validates the tables of an attention batch: query ranges in order, no longer than `max_q_len` and inside
-/// of `num_tokens`, sequences no shorter than their queries, block rows that hold every visible token, ids
-/// inside of the view's blocks.
+/// Validates the tables of an attention batch: arrays of the right length, a sound row of the window table,
+/// query ranges in order, no longer than `max_q_len` and inside of `num_tokens`, sequences no shorter than
+/// their queries, block rows that hold every visible token, ids inside of the view's blocks.
 ///
 /// # Errors
 /// `InvalidArgument` naming the sequence, what it has and what would be accepted.
 pub fn check_attention_tables(tables: &AttentionTables<'_>, args: &AttentionArgs) -> Result<()> {
     let wrong = |what: String| Err(Error::invalid("attention", what));
-    let block_size = i64::from(args.kv.block_size);
     let window = &tables.window;
+    check_window("attention", window, args.tables.num_groups, &args.kv)?;
+    let seqs = args.num_seqs as usize;
+    let rows = seqs.saturating_mul(args.tables.num_groups as usize);
+    for (name, given, needed) in [
+        ("qo_indptr", tables.qo_indptr.len(), seqs + 1),
+        ("kv_len", tables.kv_len.len(), seqs),
+        ("block_row", tables.block_row.len(), rows),
+        ("first_block", tables.first_block.len(), tables.first_block.len().min(1) * rows),
+    ] {
+        if given != needed {
+            return wrong(format!("{name} has {given} entries, {needed} are needed"));
+        }
+    }
+    let block_size = i64::from(args.kv.block_size.max(1));
     let sink_blocks = (i64::from(window.sink_tokens) + block_size - 1) / block_size;
     if tables.qo_indptr.first().is_some_and(|&first| first < 0) {
         return wrong(format!("qo_indptr starts at {}", tables.qo_indptr[0]));
@@ -282,7 +295,6 @@ pub(super) unsafe fn attention(args: &AttentionArgs, stream: StreamRef<'_>) -> R
     // SAFETY: the caller's promise; the launcher has checked the lengths of the tables.
     unsafe {
         let window = download_window(args.windows.rows, args.layer, stream)?;
-        check_window("attention", &window, args.tables.num_groups, &args.kv)?;
         let ids = args.tables.block_ids;
         let first_block = match args.tables.first_block {
             Some(span) => download(span, 0, rows, stream)?,
@@ -450,6 +462,8 @@ mod tests {
         assert!(complaint(&next_row_too_early).contains("sequence 0 is ids 3 to 9"));
         let array_too_short = AttentionTables { block_ids: &full.block_ids[..11], ..full };
         assert!(complaint(&array_too_short).contains("sequence 1 is ids 10 to 11"));
+        let rows_missing = AttentionTables { block_row: &[0, 1, 3], ..full };
+        assert!(complaint(&rows_missing).contains("block_row has 3 entries, 4 are needed"));
         let negative = AttentionTables { block_row: &[0, 1, 3, -5], ..full };
         assert!(complaint(&negative).contains("sequence 1"));
     }
