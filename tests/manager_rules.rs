@@ -306,3 +306,35 @@ fn an_aborted_sequence_takes_back_what_it_did_not_finish() {
     let hit = m.lookup(&[&prompt[..], &[1]].concat(), KEYS);
     assert_eq!((hit.device_tokens, hit.tokens), (32, 32), "on the device and on the host");
 }
+
+#[test]
+fn r8_a_block_on_its_way_to_the_host_is_no_hit_there() {
+    let mut m = manager(&[FULL], 9, 16);
+    let prompt = tokens(0, 64);
+    m.allocate(1, &prompt, KEYS, 0).unwrap();
+    m.advance(1, 64, 64).unwrap();
+    for b in 0..4 {
+        m.forget(1, 0, b).unwrap();
+    }
+    let longer = [&prompt[..], &[0]].concat();
+    assert_eq!(m.lookup(&longer, KEYS).tokens, 0, "neither here nor there yet");
+    complete_all(&mut m, Outcome::Succeeded);
+    assert_eq!(m.lookup(&longer, KEYS).tokens, 64);
+}
+
+#[test]
+fn r10_a_load_from_a_copy_that_was_disowned_meanwhile_is_a_miss() {
+    let mut m = manager(&[FULL], 17, 16);
+    let prompt = tokens(0, 64);
+    m.allocate(1, &prompt, KEYS, 0).unwrap();
+    m.advance(1, 64, 0).unwrap();
+    complete_all(&mut m, Outcome::Succeeded);
+    for b in 0..4 {
+        m.forget(1, 0, b).unwrap();
+    }
+    assert_eq!(m.allocate(2, &[&prompt[..], &[0]].concat(), KEYS, 0).unwrap().loads.len(), 4);
+    m.abort(1).unwrap();
+    let last = complete_all(&mut m, Outcome::Succeeded).pop();
+    assert_eq!(last, Some(Completion::Ready { seq: 2, valid_tokens: 0 }));
+    assert_eq!(m.usage().host_used, 0);
+}

@@ -34,7 +34,7 @@ use self::retention::Policy;
 use self::sequence::{Row, Sequence};
 use self::tiers::device::DeviceTier;
 use self::tiers::host::HostTier;
-use self::transfer::{Flights, cache_redone, offer};
+use self::transfer::{Flights, offer};
 use crate::error::{Error, ErrorKind, Result};
 use crate::spec::{AttentionKind, LayerGroup};
 
@@ -542,7 +542,10 @@ impl Manager {
         check_loaded(OP, seq, sequence)?;
         sequence.computed = computed;
         sequence.settled = settled;
-        cache_redone(&self.groups, &self.policy, &mut self.device, &mut self.events, sequence);
+        if sequence.repaired {
+            cache(&self.groups, &self.policy, &mut self.device, &mut self.events, sequence);
+            sequence.repaired = computed < sequence.num_tokens;
+        }
         if let Some(host) = &mut self.host {
             let (flights, stats) = (&mut self.flights, &mut self.stats);
             offer(&self.groups, &mut self.device, host, flights, &mut self.events, stats, sequence);
@@ -563,7 +566,8 @@ impl Manager {
         Ok(())
     }
 
-    /// Ends a sequence; its cached blocks stay findable until they are reused.
+    /// Ends a sequence; its cached blocks stay findable until they are reused. All its tokens count as
+    /// submitted: one whose work will not be done is to be aborted instead.
     pub fn free(&mut self, seq: SeqId) -> Result<()> {
         let Some(sequence) = self.sequences.remove(&seq) else {
             return Err(Error::new("free", ErrorKind::UnknownSequence(seq)));
@@ -838,7 +842,8 @@ fn grow(
 }
 
 /// Makes the blocks findable that the sequence's tokens fill, up to the last aligned length, as far as
-/// they are worth caching.
+/// they are worth caching. A sequence that waits for loads publishes nothing: until they have ended it is
+/// not known which tokens it will compute.
 fn cache(
     groups: &[Group],
     policy: &Policy,
@@ -846,10 +851,11 @@ fn cache(
     events: &mut Events,
     sequence: &mut Sequence,
 ) {
-    if sequence.hashes.is_empty() {
+    if sequence.hashes.is_empty() || sequence.loading > 0 {
         return;
     }
-    let end = align_down(sequence.num_tokens, policy.alignment);
+    let tokens = if sequence.repaired { sequence.computed } else { sequence.num_tokens };
+    let end = align_down(tokens, policy.alignment);
     for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
         let considered = std::mem::replace(&mut row.considered, end / group.block_size);
         for b in considered..row.considered {

@@ -1,7 +1,5 @@
 //! One live sequence: its hashes and, per layer group, its table of blocks.
 
-use std::ops::Range;
-
 use super::BlockId;
 use super::hash::{BlockHash, Chain};
 use super::retention::Boundaries;
@@ -40,8 +38,9 @@ pub(super) struct Sequence {
     pub loading: usize,
     /// Blocks whose load failed, as (group, index).
     pub lost: Vec<(usize, usize)>,
-    /// Tokens that are computed again after a failed load; findable once they are.
-    pub redo: Option<Range<usize>>,
+    /// Whether a load failed, so that tokens are computed again: until all are, blocks become findable only
+    /// when they are computed.
+    pub repaired: bool,
 }
 
 impl Sequence {
@@ -59,7 +58,7 @@ impl Sequence {
             generation: 0,
             loading: 0,
             lost: Vec::new(),
-            redo: None,
+            repaired: false,
         }
     }
 

@@ -121,6 +121,7 @@ impl Manager {
             return Ok(Completion::Pending);
         }
         if sequence.lost.is_empty() {
+            cache(&self.groups, &self.policy, &mut self.device, &mut self.events, sequence);
             return Ok(Completion::Ready { seq, valid_tokens: sequence.computed });
         }
         match self.repair(seq) {
@@ -174,32 +175,13 @@ impl Manager {
                 *id = device.take(g, events)?;
             }
             row.first_live = group.first_needed(valid);
+            row.considered = row.considered.min(valid / group.block_size);
             row.offered = row.offered.min(valid / group.block_size);
         }
-        sequence.redo = Some(valid..hit);
+        sequence.repaired = true;
         sequence.computed = valid;
         sequence.settled = valid;
         Some(valid)
-    }
-}
-
-/// Makes findable what a sequence has computed again after a failed load.
-pub(super) fn cache_redone(
-    groups: &[Group],
-    policy: &Policy,
-    device: &mut DeviceTier,
-    events: &mut Events,
-    sequence: &mut Sequence,
-) {
-    let Some(redo) = sequence.redo.take_if(|redo| redo.end <= sequence.computed) else { return };
-    for (g, (group, row)) in groups.iter().zip(&sequence.rows).enumerate() {
-        for b in redo.start / group.block_size..redo.end / group.block_size {
-            let id = row.table[b];
-            if id != NULL && policy.keeps(group, &sequence.boundaries, b) {
-                device.insert(g, sequence.hashes[group.key_index(b)], b, id);
-                events.push(EventKind::Stored, g as u32, Tier::Device, b as u32);
-            }
-        }
     }
 }
 

@@ -1,0 +1,404 @@
+//! Blocks with contents. Every token's KV of a group is a function of the history up to it; computing writes
+//! it, transfers copy it as late as they may, and every key that a query sees is checked both when its step
+//! is submitted and when it has settled: until then the block may not change.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use hybridkv::manager::{
+    Completion, Direction, ExtraKeys, HostConfig, Manager, ManagerConfig, Outcome, Transfer,
+};
+use proptest::prelude::*;
+
+use super::{config, prompt, sees};
+
+const KEYS: ExtraKeys<'static> = ExtraKeys { salt: "", lora: "" };
+
+/// KV of one token in one group; `None` is garbage.
+type Kv = Option<u64>;
+
+fn kv(group: usize, prefix: &[u32]) -> Kv {
+    let mut hasher = DefaultHasher::new();
+    (group, prefix).hash(&mut hasher);
+    Some(hasher.finish())
+}
+
+/// A key that some query of a step sees: block, offset and what it should be.
+type Read = (u32, usize, Kv);
+
+struct Sequence {
+    tokens: Vec<u32>,
+    computed: usize,
+    settled: usize,
+    ready: bool,
+    /// Steps in flight: tokens computed by their end, and what they read.
+    steps: VecDeque<(usize, Vec<Read>)>,
+}
+
+struct World {
+    m: Manager,
+    config: ManagerConfig,
+    device: Vec<[Kv; 4]>,
+    host: Vec<[Kv; 4]>,
+    /// In the order of their allocation: a later one's work is submitted behind an earlier one's.
+    sequences: BTreeMap<u64, Sequence>,
+    flying: Vec<Transfer>,
+    next: u64,
+}
+
+impl World {
+    fn new(config: ManagerConfig) -> Self {
+        let slots = config.host.map_or(0, |host| host.num_slots);
+        Self {
+            m: Manager::new(config.clone()).unwrap(),
+            device: vec![[None; 4]; config.num_blocks as usize],
+            host: vec![[None; 4]; slots as usize],
+            sequences: BTreeMap::new(),
+            flying: Vec::new(),
+            next: 0,
+            config,
+        }
+    }
+
+    /// Starts all emitted transfers: until they succeed their targets hold garbage.
+    fn start_transfers(&mut self) {
+        while let Some(transfer) = self.m.next_transfer() {
+            match transfer.direction {
+                Direction::Offload => self.host[transfer.slot as usize] = [None; 4],
+                Direction::Onboard => self.device[transfer.block as usize] = [None; 4],
+            }
+            self.flying.push(transfer);
+        }
+    }
+
+    fn complete(&mut self, at: usize, outcome: Outcome) {
+        let transfer = self.flying.swap_remove(at);
+        if outcome == Outcome::Succeeded {
+            let (block, slot) = (transfer.block as usize, transfer.slot as usize);
+            match transfer.direction {
+                Direction::Offload => self.host[slot] = self.device[block],
+                Direction::Onboard => self.device[block] = self.host[slot],
+            }
+        }
+        match self.m.complete(transfer.id, outcome).unwrap() {
+            Completion::Pending => {}
+            Completion::Ready { seq, valid_tokens } => {
+                let sequence = self.sequences.get_mut(&seq).unwrap();
+                assert!(valid_tokens <= sequence.computed);
+                (sequence.computed, sequence.settled) = (valid_tokens, valid_tokens);
+                sequence.ready = true;
+            }
+            Completion::Dropped { seq } => {
+                self.sequences.remove(&seq).unwrap();
+            }
+        }
+        assert!(self.m.complete(transfer.id, outcome).is_err(), "answered twice");
+    }
+
+    fn allocate(&mut self, prompt: &[u32], budget: usize) {
+        let Ok(given) = self.m.allocate_prefill(self.next, prompt, budget, KEYS, 0) else { return };
+        let sequence = Sequence {
+            tokens: prompt[..given.num_tokens].to_vec(),
+            computed: given.hit_tokens,
+            settled: given.hit_tokens,
+            ready: given.loads.is_empty(),
+            steps: VecDeque::new(),
+        };
+        self.sequences.insert(self.next, sequence);
+        self.next += 1;
+        self.start_transfers();
+    }
+
+    /// Ends all transfers, out of order; bit `n % 8` of `failures` says whether the nth fails.
+    fn complete_all(&mut self, failures: u8) {
+        for n in 0.. {
+            if self.flying.is_empty() {
+                break;
+            }
+            let fails = failures >> (n % 8) & 1 == 1;
+            let outcome = if fails { Outcome::Failed } else { Outcome::Succeeded };
+            self.complete(n * 5 % self.flying.len(), outcome);
+        }
+    }
+
+    fn serve(&mut self, prompt: &[u32], failures: u8) -> Result<(), TestCaseError> {
+        let seq = self.next;
+        self.allocate(prompt, 1000);
+        self.complete_all(failures);
+        self.step()?;
+        self.settle(seq)?;
+        self.complete_all(failures);
+        if self.sequences.remove(&seq).is_some() {
+            self.m.free(seq).unwrap();
+        }
+        Ok(())
+    }
+
+    /// Submits one step of everything that is ready: all tokens that are not computed yet.
+    fn step(&mut self) -> Result<(), TestCaseError> {
+        let Self { m, config, device, sequences, .. } = self;
+        for (&seq, sequence) in sequences {
+            if !sequence.ready {
+                continue;
+            }
+            let mut reads = Vec::new();
+            for (g, group) in config.groups.iter().enumerate() {
+                let (size, table) = (group.block_size as usize, m.table(seq, g).unwrap());
+                for i in sequence.computed..sequence.tokens.len() {
+                    prop_assert_ne!(table[i / size], 0, "a new token has a slot");
+                    device[table[i / size] as usize][i % size] = kv(g, &sequence.tokens[..=i]);
+                    let seen = (0..=i).filter(|&j| sees(group, i, j));
+                    reads.extend(
+                        seen.map(|j| (table[j / size], j % size, kv(g, &sequence.tokens[..=j]))),
+                    );
+                }
+            }
+            check(device, &reads)?;
+            sequence.computed = sequence.tokens.len();
+            sequence.steps.push_back((sequence.computed, reads));
+            m.advance(seq, sequence.computed, sequence.settled).unwrap();
+        }
+        self.start_transfers();
+        Ok(())
+    }
+
+    /// The oldest step of a sequence ends.
+    fn settle(&mut self, seq: u64) -> Result<(), TestCaseError> {
+        let Some(sequence) = self.sequences.get_mut(&seq) else { return Ok(()) };
+        let Some((end, reads)) = sequence.steps.pop_front() else { return Ok(()) };
+        check(&self.device, &reads)?;
+        sequence.settled = end;
+        self.m.advance(seq, sequence.computed, end).unwrap();
+        self.start_transfers();
+        Ok(())
+    }
+
+    /// A step fails: what it wrote is garbage, and so is what others made of that.
+    fn abort(&mut self, seq: u64) {
+        let mut failed = vec![seq];
+        while let Some(seq) = failed.pop() {
+            let Some(sequence) = self.sequences.remove(&seq) else { continue };
+            for (g, group) in self.config.groups.iter().enumerate() {
+                let (size, table) = (group.block_size as usize, self.m.table(seq, g).unwrap());
+                for i in sequence.settled..table.len() * size {
+                    self.device[table[i / size] as usize][i % size] = None;
+                }
+            }
+            failed.extend(self.m.abort(seq).unwrap());
+        }
+    }
+
+    /// Takes all free blocks for tokens that nobody else has, and gives them back unused.
+    fn flood(&mut self) {
+        const FLOOD: u64 = 1 << 32;
+        let most = self.config.max_model_len as usize;
+        let mut taken = 0;
+        for n in (1..=most).rev() {
+            let tokens: Vec<u32> = (0..n as u32).map(|i| 1000 + i).collect();
+            while self.m.allocate(FLOOD + taken, &tokens, KEYS, 0).is_ok() {
+                taken += 1;
+            }
+        }
+        for seq in 0..taken {
+            self.m.abort(FLOOD + seq).unwrap();
+        }
+    }
+
+    fn check(&self) -> Result<(), TestCaseError> {
+        let mut counts = BTreeMap::new();
+        for &seq in self.sequences.keys() {
+            for g in 0..self.config.groups.len() {
+                for &id in self.m.table(seq, g).unwrap().iter().filter(|&&id| id != 0) {
+                    *counts.entry(id).or_insert(0) += 1;
+                }
+            }
+        }
+        let busy: BTreeSet<u32> =
+            counts.keys().copied().chain(self.flying.iter().map(|t| t.block)).collect();
+        prop_assert_eq!(self.m.ref_counts(), counts.into_iter().collect::<Vec<_>>());
+        let free: BTreeSet<u32> = self.m.free_queue().into_iter().collect();
+        prop_assert_eq!(free.len(), self.m.free_blocks());
+        prop_assert!(free.is_disjoint(&busy), "free and in use");
+        prop_assert_eq!(free.len() + busy.len(), self.m.capacity(), "conservation");
+        prop_assert_eq!(self.m.transfers_in_flight(), self.flying.len());
+        let usage = self.m.usage();
+        prop_assert!(usage.host_used <= usage.host_capacity);
+        let slots: BTreeSet<u32> = self.flying.iter().map(|t| t.slot).collect();
+        prop_assert_eq!(usage.host_pinned, slots.len());
+        Ok(())
+    }
+}
+
+fn check(device: &[[Kv; 4]], reads: &[Read]) -> Result<(), TestCaseError> {
+    for &(block, offset, expected) in reads {
+        prop_assert_ne!(block, 0, "a visible key lies in the null block");
+        prop_assert_eq!(device[block as usize][offset], expected, "block {}", block);
+    }
+    Ok(())
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Allocate {
+        prompt: Vec<u32>,
+        budget: usize,
+    },
+    /// A whole turn: it is stored, and gone.
+    Serve {
+        prompt: Vec<u32>,
+        failures: u8,
+    },
+    Append {
+        at: usize,
+        tokens: Vec<u32>,
+    },
+    Step,
+    Settle {
+        at: usize,
+    },
+    Complete {
+        at: usize,
+        fails: bool,
+    },
+    CompleteAll {
+        failures: u8,
+    },
+    Free {
+        at: usize,
+    },
+    Abort {
+        at: usize,
+    },
+    /// Everything cached and unused leaves the device.
+    Flood,
+    Forget {
+        at: usize,
+        group: usize,
+        index: usize,
+    },
+    Reset,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let budget = prop_oneof![2 => Just(1000usize), 1 => 1usize..12];
+    let failures = prop_oneof![2 => Just(0u8), 1 => any::<u8>()];
+    prop_oneof![
+        5 => (prompt(), budget).prop_map(|(prompt, budget)| Op::Allocate { prompt, budget }),
+        10 => (prompt(), failures.clone())
+            .prop_map(|(prompt, failures)| Op::Serve { prompt, failures }),
+        3 => (0usize..8, prompt()).prop_map(|(at, mut tokens)| {
+            tokens.truncate(9);
+            Op::Append { at, tokens }
+        }),
+        5 => Just(Op::Step),
+        5 => (0usize..8).prop_map(|at| Op::Settle { at }),
+        6 => (0usize..64, prop::bool::weighted(0.2))
+            .prop_map(|(at, fails)| Op::Complete { at, fails }),
+        2 => failures.clone().prop_map(|failures| Op::CompleteAll { failures }),
+        4 => (0usize..8).prop_map(|at| Op::Free { at }),
+        1 => (0usize..8).prop_map(|at| Op::Abort { at }),
+        8 => Just(Op::Flood),
+        1 => (0usize..8, 0usize..3, 0usize..24)
+            .prop_map(|(at, group, index)| Op::Forget { at, group, index }),
+        1 => Just(Op::Reset),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_visible_key_is_its_own_through_tiers_failures_and_delays(
+        config in config(),
+        host_slots in 3u32..60,
+        ops in prop::collection::vec(op(), 1..120),
+    ) {
+        let mut world =
+            World::new(ManagerConfig { host: Some(HostConfig { num_slots: host_slots }), ..config });
+        for op in ops {
+            // Few enough sequences live that cached blocks come and go.
+            while world.sequences.len() > 3 {
+                let oldest = *world.sequences.keys().next().unwrap();
+                world.abort(oldest);
+            }
+            let seq = |at: usize| {
+                let n = world.sequences.len();
+                (n > 0).then(|| *world.sequences.keys().nth(at % n).unwrap())
+            };
+            match op {
+                Op::Allocate { prompt, budget } => world.allocate(&prompt, budget),
+                Op::Serve { prompt, failures } => world.serve(&prompt, failures)?,
+                Op::Append { at, tokens } => {
+                    if let Some(seq) = seq(at)
+                        && world.m.append(seq, &tokens).is_ok()
+                    {
+                        world.sequences.get_mut(&seq).unwrap().tokens.extend(tokens);
+                    }
+                }
+                Op::Step => world.step()?,
+                Op::Settle { at } => {
+                    if let Some(seq) = seq(at) {
+                        world.settle(seq)?;
+                    }
+                }
+                Op::Complete { at, fails } => {
+                    if !world.flying.is_empty() {
+                        let at = at % world.flying.len();
+                        let outcome = if fails { Outcome::Failed } else { Outcome::Succeeded };
+                        world.complete(at, outcome);
+                    }
+                }
+                Op::CompleteAll { failures } => world.complete_all(failures),
+                Op::Free { at } => {
+                    if let Some(seq) = seq(at) {
+                        let sequence = &world.sequences[&seq];
+                        // Whose work has not been submitted is aborted instead.
+                        if sequence.ready && sequence.computed < sequence.tokens.len() {
+                            world.abort(seq);
+                        } else {
+                            world.m.free(seq).unwrap();
+                            world.sequences.remove(&seq);
+                        }
+                    }
+                }
+                Op::Abort { at } => {
+                    if let Some(seq) = seq(at) {
+                        world.abort(seq);
+                    }
+                }
+                Op::Flood => world.flood(),
+                Op::Forget { at, group, index } => {
+                    if let Some(seq) = seq(at)
+                        && group < world.config.groups.len()
+                    {
+                        world.m.forget(seq, group, index).unwrap();
+                    }
+                }
+                Op::Reset => {
+                    let idle = world.m.free_blocks() == world.m.capacity();
+                    prop_assert_eq!(world.m.reset_prefix_cache(), idle);
+                }
+            }
+            world.check()?;
+        }
+        // Everything ends, nothing stays pinned, and what is cached is whole.
+        world.complete_all(0);
+        world.step()?;
+        while let Some((&seq, _)) = world.sequences.iter().find(|(_, s)| !s.steps.is_empty()) {
+            world.settle(seq)?;
+        }
+        while let Some((&seq, _)) = world.sequences.first_key_value() {
+            world.m.free(seq).unwrap();
+            world.sequences.remove(&seq);
+        }
+        world.complete_all(0);
+        prop_assert_eq!(world.m.free_blocks(), world.m.capacity());
+        prop_assert_eq!(world.m.usage().host_pinned, 0);
+        for word in 0..3 {
+            world.allocate(&[word; 12], 1000);
+            world.complete_all(0);
+            world.step()?;
+        }
+        world.check()?;
+    }
+}

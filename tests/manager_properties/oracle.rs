@@ -1,0 +1,453 @@
+//! The device tier, predicted: blocks, queue, index and tables in plain vectors, every rule by search over
+//! its definition.
+
+use std::collections::BTreeMap;
+
+use hybridkv::ErrorKind;
+use hybridkv::manager::{BlockId, ExtraKeys, Manager, ManagerConfig};
+use hybridkv::spec::AttentionKind;
+use proptest::prelude::*;
+
+use super::{alignment, config, needed, prompt, sees};
+
+/// What a cached block stands for: group, salt, and the tokens up to its end.
+type Key = (usize, String, Vec<u32>);
+
+#[derive(Default, Clone)]
+struct Sequence {
+    salt: String,
+    tokens: Vec<u32>,
+    prompt: usize,
+    junction: usize,
+    tables: Vec<Vec<BlockId>>,
+    considered: Vec<usize>,
+    computed: usize,
+    settled: usize,
+}
+
+struct Oracle {
+    config: ManagerConfig,
+    alignment: usize,
+    queue: Vec<BlockId>,
+    users: Vec<u32>,
+    /// Per block, what it is findable as, with the order in which that was said.
+    keys: Vec<Option<(u64, Key)>>,
+    stamp: u64,
+    sequences: BTreeMap<u64, Sequence>,
+}
+
+impl Oracle {
+    fn new(config: ManagerConfig) -> Self {
+        let n = config.num_blocks;
+        Self {
+            alignment: alignment(&config.groups),
+            queue: (1..n).collect(),
+            users: vec![0; n as usize],
+            keys: vec![None; n as usize],
+            stamp: 0,
+            sequences: BTreeMap::new(),
+            config,
+        }
+    }
+
+    fn size(&self, g: usize) -> usize {
+        self.config.groups[g].block_size as usize
+    }
+
+    /// The block that serves this prefix: of equal ones the first cached.
+    fn find(&self, g: usize, salt: &str, prefix: &[u32]) -> BlockId {
+        let named = |id: &usize| match &self.keys[*id] {
+            Some((_, (group, s, tokens))) => *group == g && s == salt && tokens == prefix,
+            None => false,
+        };
+        let first =
+            (1..self.keys.len()).filter(named).min_by_key(|&id| self.keys[id].as_ref().unwrap().0);
+        first.unwrap_or(0) as BlockId
+    }
+
+    fn block(&self, g: usize, salt: &str, tokens: &[u32], b: usize) -> BlockId {
+        self.find(g, salt, &tokens[..(b + 1) * self.size(g)])
+    }
+
+    fn hit(&self, salt: &str, tokens: &[u32]) -> usize {
+        let serves = |n: usize| {
+            self.config.groups.iter().enumerate().all(|(g, group)| {
+                needed(group, n).iter().all(|&b| self.block(g, salt, tokens, b) != 0)
+            })
+        };
+        (0..tokens.len()).rev().find(|&n| n % self.alignment == 0 && serves(n)).unwrap()
+    }
+
+    /// The longest prefix that all full groups hold; 0 without a full group.
+    fn full(&self, salt: &str, tokens: &[u32]) -> usize {
+        let full: Vec<usize> = (0..self.config.groups.len())
+            .filter(|&g| self.config.groups[g].kind == AttentionKind::Full)
+            .collect();
+        let serves = |n: usize| {
+            full.iter().all(|&g| (0..n / self.size(g)).all(|b| self.block(g, salt, tokens, b) != 0))
+        };
+        match full.is_empty() {
+            true => 0,
+            false => {
+                (0..tokens.len()).rev().find(|&n| n % self.alignment == 0 && serves(n)).unwrap()
+            }
+        }
+    }
+
+    fn table(&self, g: usize, salt: &str, tokens: &[u32], hit: usize) -> Vec<BlockId> {
+        let mut row = vec![0; hit / self.size(g)];
+        for b in needed(&self.config.groups[g], hit) {
+            row[b] = self.block(g, salt, tokens, b);
+        }
+        row
+    }
+
+    /// Takes the blocks, or says why not: blocks needed of the queue, of which there are too few.
+    fn take(&mut self, n: usize) -> Vec<BlockId> {
+        let taken: Vec<BlockId> = self.queue.drain(..n).collect();
+        for &id in &taken {
+            self.users[id as usize] = 1;
+            self.keys[id as usize] = None;
+        }
+        taken
+    }
+
+    fn release(&mut self, blocks: &[BlockId]) {
+        let mut unhashed = Vec::new();
+        for &id in blocks.iter().filter(|&&id| id != 0) {
+            self.users[id as usize] -= 1;
+            if self.users[id as usize] == 0 {
+                match self.keys[id as usize] {
+                    Some(_) => self.queue.push(id),
+                    None => unhashed.push(id),
+                }
+            }
+        }
+        self.queue.splice(0..0, unhashed);
+    }
+
+    fn keeps(&self, g: usize, sequence: &Sequence, b: usize) -> bool {
+        let (group, retention) = (&self.config.groups[g], &self.config.retention);
+        let size = self.size(g);
+        let all = match group.kind {
+            AttentionKind::Full => true,
+            AttentionKind::Chunked { .. } => retention.dense_chunks,
+            AttentionKind::Sliding { .. } => false,
+        };
+        let slack = retention.slack as usize * self.alignment / size;
+        let kept = |end: usize| {
+            // The tail proper, sinks apart.
+            let unsunk = super::GroupConfig { sink_tokens: 0, ..*group };
+            let tail = needed(&unsunk, end);
+            let Some(&first) = tail.first() else { return false };
+            (first.saturating_sub(slack)..end / size).contains(&b)
+        };
+        let every = match retention.interval {
+            None => self.alignment,
+            Some(k) => k as usize,
+        };
+        let align = |n: usize| n / self.alignment * self.alignment;
+        let mut ends = vec![align(sequence.prompt - 1), align(sequence.junction)];
+        if every > 0 {
+            ends.extend((1..40).map(|k| k * every));
+        }
+        all || b * size < group.sink_tokens as usize || ends.into_iter().any(kept)
+    }
+
+    fn cache(&mut self, sequence: &mut Sequence) {
+        let end = sequence.tokens.len() / self.alignment * self.alignment;
+        for g in 0..self.config.groups.len() {
+            let size = self.size(g);
+            for b in sequence.considered[g]..end / size {
+                let id = sequence.tables[g][b] as usize;
+                if id != 0 && self.keeps(g, sequence, b) {
+                    let prefix = sequence.tokens[..(b + 1) * size].to_vec();
+                    self.stamp += 1;
+                    self.keys[id] = Some((self.stamp, (g, sequence.salt.clone(), prefix)));
+                }
+            }
+            sequence.considered[g] = sequence.considered[g].max(end / size);
+        }
+    }
+
+    /// `None`: refused for want of blocks.
+    fn allocate(
+        &mut self,
+        seq: u64,
+        salt: &str,
+        prompt: &[u32],
+        budget: usize,
+        lookahead: usize,
+    ) -> Option<(usize, Vec<Vec<BlockId>>)> {
+        let hit = self.hit(salt, prompt);
+        let full = self.full(salt, prompt);
+        let now = prompt.len().min(hit + budget);
+        let slots = (now + lookahead).min(self.config.max_model_len as usize);
+        let mut sequence = Sequence {
+            salt: salt.to_owned(),
+            tokens: prompt[..now].to_vec(),
+            prompt: prompt.len(),
+            junction: if full > hit { full } else { 0 },
+            computed: hit,
+            settled: hit,
+            ..Sequence::default()
+        };
+        let n = self.config.groups.len();
+        sequence.tables = (0..n).map(|g| self.table(g, salt, prompt, hit)).collect();
+        sequence.considered = sequence.tables.iter().map(Vec::len).collect();
+        let hits: Vec<BlockId> =
+            sequence.tables.concat().into_iter().filter(|&id| id != 0).collect();
+        let unused = hits.iter().filter(|&&id| self.users[id as usize] == 0).count();
+        let fresh: Vec<usize> =
+            (0..n).map(|g| slots.div_ceil(self.size(g)) - sequence.tables[g].len()).collect();
+        if fresh.iter().sum::<usize>() + unused > self.queue.len() {
+            return None;
+        }
+        for id in hits {
+            self.users[id as usize] += 1;
+            self.queue.retain(|&queued| queued != id);
+        }
+        let mut new_blocks = Vec::new();
+        for g in 0..n {
+            let taken = self.take(fresh[g]);
+            sequence.tables[g].extend(&taken);
+            new_blocks.push(taken);
+        }
+        self.cache(&mut sequence);
+        self.sequences.insert(seq, sequence);
+        Some((hit, new_blocks))
+    }
+
+    fn append(&mut self, seq: u64, tokens: &[u32]) -> Option<Vec<Vec<BlockId>>> {
+        let mut sequence = self.sequences[&seq].clone();
+        sequence.tokens.extend(tokens);
+        let fresh: Vec<usize> = (0..self.config.groups.len())
+            .map(|g| {
+                let blocks = sequence.tokens.len().div_ceil(self.size(g));
+                blocks.saturating_sub(sequence.tables[g].len())
+            })
+            .collect();
+        if fresh.iter().sum::<usize>() > self.queue.len() {
+            return None;
+        }
+        let mut new_blocks = Vec::new();
+        for (g, n) in fresh.into_iter().enumerate() {
+            let taken = self.take(n);
+            sequence.tables[g].extend(&taken);
+            new_blocks.push(taken);
+        }
+        self.cache(&mut sequence);
+        self.sequences.insert(seq, sequence);
+        Some(new_blocks)
+    }
+
+    fn advance(&mut self, seq: u64, computed: usize, settled: usize) -> Vec<Vec<BlockId>> {
+        let mut sequence = self.sequences[&seq].clone();
+        (sequence.computed, sequence.settled) = (computed, settled);
+        let mut freed = Vec::new();
+        for g in 0..self.config.groups.len() {
+            let (group, size) = (self.config.groups[g], self.size(g));
+            // Never a block that a query to come can see, always one that none can.
+            let live = |b: usize| {
+                (b * size..(b + 1) * size)
+                    .any(|j| j >= settled || (settled..settled + 40).any(|i| sees(&group, i, j)))
+                    || b * size < group.sink_tokens as usize
+            };
+            let table = &mut sequence.tables[g];
+            let gone: Vec<usize> =
+                (0..table.len()).rev().filter(|&b| table[b] != 0 && !live(b)).collect();
+            let ids: Vec<BlockId> = gone.iter().map(|&b| std::mem::take(&mut table[b])).collect();
+            self.release(&ids);
+            freed.push(ids);
+        }
+        self.sequences.insert(seq, sequence);
+        freed
+    }
+
+    fn free(&mut self, seq: u64) {
+        let sequence = self.sequences.remove(&seq).unwrap();
+        for table in sequence.tables {
+            let ids: Vec<BlockId> = table.into_iter().rev().collect();
+            self.release(&ids);
+        }
+    }
+
+    fn abort(&mut self, seq: u64) -> Vec<u64> {
+        let sequence = self.sequences[&seq].clone();
+        let mut dependents = Vec::new();
+        for (g, table) in sequence.tables.iter().enumerate() {
+            for &id in &table[(sequence.settled / self.size(g)).min(table.len())..] {
+                self.keys[id as usize] = None;
+                let holds = |other: &Sequence| id != 0 && other.tables[g].contains(&id);
+                dependents.extend(
+                    self.sequences
+                        .iter()
+                        .filter(|(name, other)| **name != seq && holds(other))
+                        .map(|(name, _)| *name),
+                );
+            }
+        }
+        self.free(seq);
+        dependents.sort_unstable();
+        dependents.dedup();
+        dependents
+    }
+
+    fn check(&self, m: &Manager) -> Result<(), TestCaseError> {
+        prop_assert_eq!(m.free_queue(), self.queue.clone());
+        prop_assert_eq!(m.free_blocks(), self.queue.len());
+        let used: Vec<(BlockId, u32)> = (1..self.config.num_blocks)
+            .map(|id| (id, self.users[id as usize]))
+            .filter(|&(_, users)| users > 0)
+            .collect();
+        prop_assert_eq!(m.ref_counts(), used);
+        for g in 0..self.config.groups.len() {
+            let mut cached: Vec<u32> = self
+                .keys
+                .iter()
+                .flatten()
+                .filter(|(_, key)| key.0 == g)
+                .map(|(_, key)| (key.2.len() / self.size(g) - 1) as u32)
+                .collect();
+            cached.sort_unstable();
+            prop_assert_eq!(m.cached_indices(g), cached);
+            for (seq, sequence) in &self.sequences {
+                prop_assert_eq!(m.table(*seq, g).unwrap(), &sequence.tables[g][..]);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Allocate { seq: u64, prompt: Vec<u32>, salted: bool, budget: usize, lookahead: usize },
+    Append { seq: u64, tokens: Vec<u32> },
+    Advance { seq: u64, computed: usize, unsettled: usize },
+    Free { seq: u64 },
+    Abort { seq: u64 },
+    Forget { seq: u64, group: usize, index: usize },
+    Reset,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let seq = 0u64..5;
+    let budget = prop_oneof![2 => Just(1000usize), 1 => 1usize..12];
+    let lookahead = prop_oneof![3 => Just(0usize), 1 => 0usize..9];
+    prop_oneof![
+        4 => (seq.clone(), prompt(), prop::bool::weighted(0.2), budget, lookahead).prop_map(
+            |(seq, prompt, salted, budget, lookahead)| Op::Allocate { seq, prompt, salted, budget, lookahead }
+        ),
+        3 => (seq.clone(), prompt()).prop_map(|(seq, mut tokens)| {
+            tokens.truncate(9);
+            Op::Append { seq, tokens }
+        }),
+        4 => (seq.clone(), 0usize..20, 0usize..4)
+            .prop_map(|(seq, computed, unsettled)| Op::Advance { seq, computed, unsettled }),
+        2 => seq.clone().prop_map(|seq| Op::Free { seq }),
+        1 => seq.clone().prop_map(|seq| Op::Abort { seq }),
+        1 => (seq, 0usize..3, 0usize..12)
+            .prop_map(|(seq, group, index)| Op::Forget { seq, group, index }),
+        1 => Just(Op::Reset),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 384, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_answer_follows_from_the_definitions(
+        config in config(),
+        ops in prop::collection::vec(op(), 1..60),
+    ) {
+        let mut m = Manager::new(config.clone()).unwrap();
+        let mut oracle = Oracle::new(config.clone());
+        for op in ops {
+            match op {
+                Op::Allocate { seq, prompt, salted, budget, lookahead } => {
+                    let salt = if salted { "tenant" } else { "" };
+                    let keys = ExtraKeys { salt, lora: "" };
+                    let found = m.lookup(&prompt, keys);
+                    prop_assert_eq!(found.tokens, oracle.hit(salt, &prompt));
+                    for (g, row) in found.blocks.iter().enumerate() {
+                        prop_assert_eq!(row, &oracle.table(g, salt, &prompt, found.tokens));
+                    }
+                    let given = m.allocate_prefill(seq, &prompt, budget, keys, lookahead);
+                    if oracle.sequences.contains_key(&seq) {
+                        let err = given.unwrap_err();
+                        prop_assert!(matches!(err.kind(), ErrorKind::DuplicateSequence(_)));
+                    } else if prompt.len() > config.max_model_len as usize {
+                        let err = given.unwrap_err();
+                        let too_long = matches!(err.kind(), ErrorKind::TooLong { .. });
+                        prop_assert!(too_long);
+                    } else {
+                        match oracle.allocate(seq, salt, &prompt, budget, lookahead) {
+                            Some((hit, new_blocks)) => {
+                                let given = given.unwrap();
+                                prop_assert_eq!(given.hit_tokens, hit);
+                                prop_assert_eq!(given.device_hit_tokens, hit);
+                                prop_assert_eq!(given.num_tokens, oracle.sequences[&seq].tokens.len());
+                                prop_assert_eq!(given.new_blocks, new_blocks);
+                            }
+                            None => prop_assert!(given.is_err()),
+                        }
+                    }
+                }
+                Op::Append { seq, tokens } => {
+                    let given = m.append(seq, &tokens);
+                    match oracle.sequences.get(&seq) {
+                        None => prop_assert!(given.is_err()),
+                        Some(s) if s.tokens.len() + tokens.len() > config.max_model_len as usize => {
+                            prop_assert!(given.is_err());
+                        }
+                        Some(_) => prop_assert_eq!(given.ok(), oracle.append(seq, &tokens)),
+                    }
+                }
+                Op::Advance { seq, computed, unsettled } => {
+                    let Some(s) = oracle.sequences.get(&seq) else {
+                        prop_assert!(m.advance(seq, computed, 0).is_err());
+                        continue;
+                    };
+                    let computed = s.computed + computed;
+                    let settled = computed.saturating_sub(unsettled);
+                    let given = m.advance(seq, computed, settled);
+                    if computed > s.tokens.len() || settled < s.settled {
+                        prop_assert!(given.is_err());
+                    } else {
+                        prop_assert_eq!(given.unwrap(), oracle.advance(seq, computed, settled));
+                    }
+                }
+                Op::Free { seq } => match oracle.sequences.contains_key(&seq) {
+                    true => {
+                        m.free(seq).unwrap();
+                        oracle.free(seq);
+                    }
+                    false => prop_assert!(m.free(seq).is_err()),
+                },
+                Op::Abort { seq } => match oracle.sequences.contains_key(&seq) {
+                    true => prop_assert_eq!(m.abort(seq).unwrap(), oracle.abort(seq)),
+                    false => prop_assert!(m.abort(seq).is_err()),
+                },
+                Op::Forget { seq, group, index } => {
+                    let given = m.forget(seq, group, index);
+                    match oracle.sequences.get(&seq) {
+                        Some(s) if group < config.groups.len() => {
+                            prop_assert!(given.is_ok());
+                            let id = s.tables[group].get(index).copied().unwrap_or(0);
+                            oracle.keys[id as usize] = None;
+                        }
+                        _ => prop_assert!(given.is_err()),
+                    }
+                }
+                Op::Reset => {
+                    let idle = oracle.queue.len() == config.num_blocks as usize - 1;
+                    prop_assert_eq!(m.reset_prefix_cache(), idle);
+                    if idle {
+                        oracle.keys.fill(None);
+                    }
+                }
+            }
+            oracle.check(&m)?;
+        }
+    }
+}
