@@ -41,6 +41,13 @@ typedef struct hkv_append_params {
   int32_t element_bytes;
 } hkv_append_params;
 
+// Launch shapes on which kernels and launchers agree; shared memory is dynamic.
+#define HKV_DECODE_THREADS 128
+#define HKV_DECODE_SHARED_BYTES 98304
+#define HKV_PREFILL_THREADS 128
+#define HKV_PREFILL_SHARED_BYTES 98304
+#define HKV_MERGE_THREADS 128
+
 // Paged attention of q against the KV of the sequences' live blocks, for one layer of any kind.
 // Query token t of sequence s has absolute position kv_len[s] - q_len + t, q_len = qo_indptr difference.
 typedef struct hkv_attention_params {
@@ -85,6 +92,7 @@ typedef struct hkv_merge_params {
   void* out;                 // [T, Hq, D] of out_dtype, strides below
   float* lse;                // [T, Hq] natural log, or null
   const float* sink_logits;  // [Hq]: adds exp(sink) to the denominator once; or null
+  const int32_t* live_tokens;  // device: rows of tokens >= *live_tokens are left alone; or null
   int64_t out_stride_token;
   int64_t out_stride_head;
   int32_t num_states;

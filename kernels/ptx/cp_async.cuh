@@ -1,0 +1,30 @@
+// Asynchronous copies from global to shared memory (sm_80 and up), one instruction per function.
+#ifndef HYBRIDKV_PTX_CP_ASYNC_CUH_
+#define HYBRIDKV_PTX_CP_ASYNC_CUH_
+
+#include <stdint.h>
+
+namespace hkv {
+
+// Copies 16 bytes past L1, or writes 16 zero bytes without reading `src` when `valid` is false.
+// Both addresses are multiples of 16.
+__device__ __forceinline__ void cp_async_16(uint32_t dst_shared, const void* src, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(dst_shared), "l"(src),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// Closes the group of all copies that this thread has issued since the last group.
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+// Waits until at most `kPending` of this thread's groups are unfinished.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+}  // namespace hkv
+
+#endif  // HYBRIDKV_PTX_CP_ASYNC_CUH_
