@@ -1,7 +1,7 @@
 //! `append`: the slot-mapped write of new K and V into their blocks.
 
 use super::{HeadStrides, Kernel, Kernels, Loader, WindowTable, checks, cpu};
-use crate::abi::{hkv_append_params, hkv_window};
+use crate::abi::hkv_append_params;
 use crate::device::cuda::LaunchConfig;
 use crate::device::{Span, StreamRef};
 use crate::error::{Error, Result};
@@ -106,7 +106,6 @@ impl AppendArgs {
     /// Checks everything the host can see.
     fn check(&self) -> Result<()> {
         let shape = &self.kv.shape;
-        let element = shape.dtype.bytes() as u64;
         if !matches!(shape.dtype, Dtype::Bf16 | Dtype::F16) {
             return Err(Error::unsupported(OP, "KV dtype", shape.dtype.name(), "bf16, f16"));
         }
@@ -123,77 +122,14 @@ impl AppendArgs {
         }
         self.kv.check(OP)?;
         self.windows.check(OP, self.layer)?;
-        let needed = self.new_strides.reach(
-            OP,
-            "k_new and v_new",
-            self.num_tokens,
-            shape.num_kv_heads,
-            shape.head_dim,
-        )? * element;
-        self.k_new.check(OP, "k_new", needed, 16)?;
-        self.v_new.check(OP, "v_new", needed, 16)?;
-        for (name, stride) in [("token", self.new_strides.token), ("head", self.new_strides.head)] {
-            if stride % (16 / element as i64) != 0 {
-                return Err(Error::invalid(
-                    OP,
-                    format!("{name} stride of {stride} elements is no multiple of 16 bytes"),
-                ));
-            }
+        for (name, span) in [("k_new", &self.k_new), ("v_new", &self.v_new)] {
+            let (tokens, heads) = (self.num_tokens, shape.num_kv_heads);
+            self.new_strides.check(OP, name, span, tokens, heads, shape.head_dim, shape.dtype)?;
         }
         let slots = self.num_groups as u64 * self.num_tokens as u64 * size_of::<i64>() as u64;
         if slots == 0 {
             return Err(Error::invalid(OP, "num_groups is 0"));
         }
         self.slot_mapping.check(OP, "slot_mapping", slots, 8)
-    }
-}
-
-impl WindowTable {
-    /// Checks that the table holds a row for `layer`.
-    pub(super) fn check(&self, op: &'static str, layer: u32) -> Result<()> {
-        if layer >= self.num_layers {
-            return Err(Error::invalid(
-                op,
-                format!(
-                    "layer {layer} is outside of the window table of {} layers",
-                    self.num_layers
-                ),
-            ));
-        }
-        let bytes = self.num_layers as u64 * size_of::<hkv_window>() as u64;
-        self.rows.check(op, "the window table", bytes, 4)
-    }
-}
-
-impl HeadStrides {
-    /// Elements from the first to one past the last of a `[tokens, heads, head_dim]` tensor.
-    ///
-    /// # Errors
-    /// A stride is negative, or the extent overflows 64 bits.
-    pub(super) fn reach(
-        &self,
-        op: &'static str,
-        what: &str,
-        tokens: u32,
-        heads: u32,
-        head_dim: u32,
-    ) -> Result<u64> {
-        let last = |count: u32, stride: i64| {
-            u64::try_from(stride).ok()?.checked_mul(count.saturating_sub(1) as u64)
-        };
-        last(tokens, self.token)
-            .and_then(|x| x.checked_add(last(heads, self.head)?))
-            .and_then(|x| x.checked_add(head_dim as u64))
-            // Room for any element size in later products.
-            .filter(|&elements| elements <= i64::MAX as u64 / 16)
-            .ok_or_else(|| {
-                Error::invalid(
-                    op,
-                    format!(
-                        "the strides of {what} ({}, {}) are negative or overflow 64-bit addresses",
-                        self.token, self.head
-                    ),
-                )
-            })
     }
 }

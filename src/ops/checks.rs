@@ -288,7 +288,6 @@ pub(super) unsafe fn append(args: &AppendArgs, stream: StreamRef<'_>) -> Result<
 ///
 /// # Safety
 /// The spans of `args` are device memory of those lengths.
-#[allow(dead_code, reason = "called by the launcher of attention")]
 pub(super) unsafe fn attention(args: &AttentionArgs, stream: StreamRef<'_>) -> Result<()> {
     let seqs = u64::from(args.num_seqs);
     let rows = u64::from(args.tables.num_groups) * seqs;

@@ -91,9 +91,15 @@ pub(crate) unsafe fn attention(p: &abi::hkv_attention_params, dtype: Dtype, head
 /// Every address in `p` is valid for what abi/params.h says that the kernel reads or writes there.
 pub(crate) unsafe fn merge_states(p: &abi::hkv_merge_params) {
     let (heads, dim) = (p.num_qo_heads as i64, p.head_dim as usize);
-    let rows = p.num_tokens as i64 * heads;
+    let rows = i64::from(p.num_tokens) * heads;
+    let live_rows = if p.live_tokens.is_null() {
+        rows
+    } else {
+        // SAFETY: the caller vouches for the address.
+        rows.min(i64::from(unsafe { *p.live_tokens }) * heads)
+    };
     let (in_dtype, out_dtype) = (dtype_of(p.in_dtype), dtype_of(p.out_dtype));
-    for row in 0..rows {
+    for row in 0..live_rows {
         let (token, head) = (row / heads, row % heads);
         // SAFETY: the caller vouches for every address in `p`; the offsets follow abi/params.h.
         unsafe {

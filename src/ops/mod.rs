@@ -8,7 +8,6 @@
 mod append;
 mod attention;
 mod checks;
-#[allow(dead_code, reason = "attention and merge_states wait for their launchers")]
 mod cpu;
 mod merge;
 mod movement;
@@ -37,6 +36,8 @@ pub struct Kernels {
     /// Launchers validate device tables first.
     checked: bool,
     append: append::Loaded,
+    attention: attention::Loaded,
+    merge: merge::Loaded,
     movement: movement::Loaded,
     synthetic: synthetic::Loaded,
     read: read::Loaded,
@@ -60,6 +61,8 @@ impl Kernels {
         let mut loader = Loader { device, libraries: Vec::new() };
         Ok(Self {
             append: append::Loaded::load(&mut loader)?,
+            attention: attention::Loaded::load(&mut loader)?,
+            merge: merge::Loaded::load(&mut loader)?,
             movement: movement::Loaded::load(&mut loader)?,
             synthetic: synthetic::Loaded::load(&mut loader)?,
             read: read::Loaded::load(&mut loader)?,
