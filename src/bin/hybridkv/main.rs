@@ -23,7 +23,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve conversations against a device pool too small for them, verifying every step.
-    Run(run::Args),
+    Run(Box<run::Args>),
     /// Say how many tokens a model, a GPU and a memory budget hold.
     Plan(plan::Args),
     /// Check every kernel against the f64 reference on randomised cases.
@@ -51,8 +51,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// The device named on the command line: `cpu`, `cuda:N`, or `auto` (the first GPU that this build has
-/// kernels for, else the CPU, saying so).
+/// The device named on the command line: `cpu`, `cuda:N`, `auto` (the first GPU that this build has
+/// kernels for, else the CPU, saying so), or `cpu-deferred:SEED`, the CPU device that runs streams in an
+/// adversarial order, for tests.
 pub(crate) fn open_device(name: &str) -> Result<Device> {
     match name {
         "cpu" => Ok(Device::cpu()),
@@ -71,6 +72,9 @@ pub(crate) fn open_device(name: &str) -> Result<Device> {
             }
         },
         _ => {
+            if let Some(seed) = name.strip_prefix("cpu-deferred:").and_then(|n| n.parse().ok()) {
+                return Ok(Device::cpu_deferred(seed));
+            }
             let ordinal = match name.strip_prefix("cuda") {
                 Some("") => Some(0),
                 Some(rest) => rest.strip_prefix(':').and_then(|n| n.parse().ok()),

@@ -1,14 +1,141 @@
-//! `hybridkv run`.
+//! `hybridkv run`: the main job. Serves many multi-turn conversations against a device pool too small for
+//! them, so that they are evicted to the host and restored, and verifies what comes back.
+
+mod conversations;
+mod model;
+mod progress;
+mod report;
+mod sampling;
+mod server;
+mod setup;
+mod trace;
+mod verify;
 
 use std::process::ExitCode;
+use std::str::FromStr;
 
-use hybridkv::error::{Error, Result};
+use hybridkv::engine::{Fault, FaultKind};
+use hybridkv::error::{Error, ErrorKind, Result};
+use hybridkv::manager::Direction;
+
+use progress::Progress;
+use report::Report;
+use server::Server;
+use setup::Setup;
 
 /// Arguments of `hybridkv run`.
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// A preset (llama-4-scout, gemma-3-27b, ...) or the path of a Hugging Face config.json
+    /// [default: llama-4-scout, one rank of 8].
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Tensor-parallel ranks; this is one of them [default: 1].
+    #[arg(long)]
+    pub tp: Option<u32>,
+    /// Keep only the first layers of the model.
+    #[arg(long)]
+    pub layers: Option<u32>,
+    /// auto, cpu, cuda:N.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// Bytes of the device pool, e.g. 8GiB [default: 8GiB; a few contexts on the CPU].
+    #[arg(long)]
+    pub device_mem: Option<String>,
+    /// Host slots per device block.
+    #[arg(long, default_value_t = 2.0)]
+    pub host_ratio: f64,
+    /// Tokens per block.
+    #[arg(long, default_value_t = 16)]
+    pub block_size: u32,
+    /// A Mooncake trace (JSONL) [default: built-in multi-turn conversations].
+    #[arg(long)]
+    pub trace: Option<String>,
+    /// Requests to serve [default: 600; 2500 on the CPU].
+    #[arg(long)]
+    pub requests: Option<usize>,
+    /// Fraction of blocks read back and compared, and of (sequence, step, layer) of which one attention row is
+    /// checked [default: 0.002; 0.05 on the CPU].
+    #[arg(long)]
+    pub verify: Option<f64>,
+    /// Seed of the workload and of all sampling.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Write all figures to this file.
+    #[arg(long)]
+    pub json: Option<String>,
+    /// Sequences that run at once [default: 64; 8 on the CPU].
+    #[arg(long)]
+    pub max_seqs: Option<usize>,
+    /// Tokens of one step [default: 8192; 256 on the CPU].
+    #[arg(long)]
+    pub max_batch_tokens: Option<usize>,
+    /// Fill newly taken blocks with NaN (always on the CPU).
+    #[arg(long)]
+    pub poison: bool,
+    /// Make transfers misbehave, to see that verification notices: KIND:DIRECTION[:COUNT] with fail, skip,
+    /// corrupt, unordered and offload, onboard.
+    #[arg(long = "fault", value_name = "FAULT")]
+    pub faults: Vec<InjectedFault>,
+}
+
+/// A fault as the command line writes it.
+#[derive(Debug, Clone, Copy)]
+pub struct InjectedFault(Fault);
+
+impl FromStr for InjectedFault {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(':');
+        let kind = match parts.next() {
+            Some("fail") => FaultKind::Fail,
+            Some("skip") => FaultKind::Skip,
+            Some("corrupt") => FaultKind::Corrupt,
+            Some("unordered") => FaultKind::Unordered,
+            _ => return Err("the kind must be fail, skip, corrupt or unordered".into()),
+        };
+        let direction = match parts.next() {
+            Some("offload") => Direction::Offload,
+            Some("onboard") => Direction::Onboard,
+            _ => return Err("the direction must be offload or onboard".into()),
+        };
+        let count = match parts.next() {
+            None => 1,
+            Some(count) => count.parse().map_err(|_| format!("{count} is no count"))?,
+        };
+        match parts.next() {
+            None => Ok(Self(Fault { direction, kind, count })),
+            Some(_) => Err("a fault is KIND:DIRECTION[:COUNT]".into()),
+        }
+    }
+}
 
 /// Runs the subcommand.
-pub fn main(_args: &Args) -> Result<ExitCode> {
-    Err(Error::invalid("run", "this build does not have the subcommand"))
+pub fn main(args: &Args) -> Result<ExitCode> {
+    let device = crate::open_device(&args.device)?;
+    let setup = Setup::new(args, &device)?;
+    for note in &setup.notes {
+        eprintln!("CPU device: {note}");
+    }
+    let faults: Vec<Fault> = args.faults.iter().map(|fault| fault.0).collect();
+    let progress = Progress::new(setup.workload.len() as u64);
+    let mut server = Server::new(&device, setup, &faults)?;
+    let served = server.serve(|server| progress.show(server));
+    progress.finish();
+    served?;
+    let seconds = server.seconds();
+    let tally = server.finish()?;
+    let report = Report::new(&device, &server, tally, seconds);
+    print!("{}", report.table());
+    if let Some(path) = &args.json {
+        write_json(path, &report)?;
+    }
+    Ok(if report.passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn write_json(path: &str, report: &Report) -> Result<()> {
+    let error = |source| Error::new("run", ErrorKind::Io { path: path.to_string(), source });
+    let text = serde_json::to_string_pretty(report).map_err(|e| error(e.into()))?;
+    std::fs::write(path, text + "\n").map_err(error)
 }

@@ -1,0 +1,676 @@
+//! The serving loop: continuous batching over one manager and one engine.
+//!
+//! Every round settles finished steps, takes completions of transfers, admits requests, builds a batch of
+//! decode tokens and prefill chunks, and submits it without waiting: up to [`STEPS_IN_FLIGHT`] steps are
+//! on the device at once. Older requests come first. A request that finds no blocks waits; when nothing is
+//! under way that could free any, the youngest running request is preempted and starts again from what is
+//! cached. So the oldest request always gets on, and every request ends.
+//!
+//! A prompt is allocated up to its hit first and appended chunk by chunk as it is scheduled: a block is
+//! findable only once the step that writes it is submitted.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
+
+use hybridkv::device::{Device, Event, Stream};
+use hybridkv::engine::{BatchTables, Engine, Fault, SeqSlice};
+use hybridkv::error::{Error, ErrorKind, Result};
+use hybridkv::manager::{
+    BlockId, Completion, Direction, ExtraKeys, Manager, Outcome, SeqId, Transfer, TransferId,
+};
+use hybridkv::ops::Kernels;
+use hybridkv::ops::synthetic::history;
+
+use super::model::{LayerTimer, Model, Reach, sink_logits};
+use super::sampling::{Sampler, Sequence};
+use super::setup::{Request, STEPS_IN_FLIGHT, Setup};
+use super::verify::{Oracle, Tally};
+
+/// Attention is timed in one step of this many.
+pub const TIMED_STEPS: u64 = 8;
+/// Requests that wait for the turn before them, at most, while later ones are looked at.
+const LOOK_AHEAD: usize = 64;
+
+/// What a run did, besides what manager and engine count.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Counters {
+    pub requests: u64,
+    pub preemptions: u64,
+    /// Loads that failed and were computed instead, by sequence.
+    pub failed_loads: u64,
+    /// Prompt tokens of all requests, and which tier served them.
+    pub prompt_tokens: u64,
+    pub device_hit_tokens: u64,
+    pub host_hit_tokens: u64,
+    /// Tokens computed: prefill and decode.
+    pub prefill_tokens: u64,
+    pub decode_tokens: u64,
+    pub steps: u64,
+    /// Time of the steps on the device, and the part of it that was measured per layer.
+    pub step_ms: f64,
+    pub decode_attention: AttentionTime,
+    pub mixed_attention: AttentionTime,
+    pub peak_live_tokens: u64,
+}
+
+/// Attention in the steps that were timed.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AttentionTime {
+    pub ms: f64,
+    /// Bytes of K and V that the queries see, each once per sequence.
+    pub bytes: f64,
+    /// 4 * head_dim per (query head, query, visible key).
+    pub flops: f64,
+}
+
+impl AttentionTime {
+    fn add(&mut self, other: &Self) {
+        self.ms += other.ms;
+        self.bytes += other.bytes;
+        self.flops += other.flops;
+    }
+}
+
+/// A request that waits.
+struct Job {
+    request: Request,
+    /// History hash of every token.
+    hashes: Arc<[u64]>,
+    /// Tokens to prefill: the prompt, and after a preemption what was put out as well.
+    prompt_len: usize,
+    preempted: bool,
+}
+
+/// A request that runs.
+struct Live {
+    seq: SeqId,
+    job: Job,
+    /// Tokens that the manager knows.
+    appended: usize,
+    /// Tokens whose step was submitted.
+    computed: usize,
+    /// Tokens whose step has ended.
+    settled: usize,
+    hit_tokens: usize,
+    /// Blocks on their way up; the sequence runs once none is left.
+    loads: Vec<(usize, BlockId)>,
+    loading: bool,
+}
+
+impl Live {
+    fn total(&self) -> usize {
+        self.job.request.tokens.len()
+    }
+
+    fn as_sequence(&self) -> Sequence<'_> {
+        Sequence { seq: self.seq, hashes: &self.job.hashes }
+    }
+}
+
+/// A step on the device.
+struct Step {
+    start: Event,
+    end: Event,
+    slices: Vec<SeqSlice>,
+    /// What the timer measures, if it does.
+    timed: Option<(bool, AttentionTime)>,
+}
+
+/// One run. See the module documentation.
+pub struct Server {
+    setup: Setup,
+    /// `None` when nothing is to be verified.
+    sampler: Option<Sampler>,
+    model: Model,
+    tables: BatchTables,
+    timer: LayerTimer,
+    timer_busy: bool,
+    engine: Engine,
+    compute: Arc<Stream>,
+    manager: Manager,
+    next_request: usize,
+    next_seq: SeqId,
+    /// In the order of their requests, like `running`.
+    waiting: VecDeque<Job>,
+    running: Vec<Live>,
+    /// Requests that have ended.
+    ended: Vec<bool>,
+    steps: VecDeque<Step>,
+    spare_steps: Vec<Step>,
+    batch: Vec<SeqSlice>,
+    payload: Vec<u64>,
+    transfers: Vec<Transfer>,
+    completed: Vec<(TransferId, Outcome)>,
+    /// Whether the last batch was cut short for want of blocks.
+    pressed: bool,
+    counters: Counters,
+    started: Instant,
+}
+
+impl Server {
+    /// A server that has not served yet.
+    pub fn new(device: &Device, setup: Setup, faults: &[Fault]) -> Result<Self> {
+        let manager = Manager::new(setup.manager.clone())?;
+        let kernels = Arc::new(Kernels::load(device)?);
+        let mut engine = Engine::new(kernels.clone(), setup.engine)?;
+        for fault in faults {
+            engine.inject(*fault);
+        }
+        let compute = Arc::new(device.stream()?);
+        if setup.poison {
+            let pool = engine.pool();
+            // SAFETY: the pool is new, and everything later is ordered behind this stream.
+            unsafe { (*compute).as_ref().fill(pool.address, 0xFF, pool.bytes as usize)? };
+        }
+        let sinks = sink_logits(&setup.spec);
+        let model =
+            Model::new(kernels, &engine, &setup.spec, &setup.plan, &sinks, setup.max_batch_tokens)?;
+        let sampler = match setup.verify > 0.0 {
+            true => {
+                let oracle = Oracle::new(setup.spec.clone(), setup.plan.clone(), sinks)?;
+                Some(Sampler::new(device, &setup, oracle)?)
+            }
+            false => None,
+        };
+        Ok(Self {
+            tables: BatchTables::new(
+                device,
+                &setup.plan.groups,
+                setup.max_seqs,
+                setup.max_batch_tokens,
+            )?,
+            timer: LayerTimer::new(device, setup.spec.layers.len())?,
+            timer_busy: false,
+            ended: vec![false; setup.workload.len()],
+            sampler,
+            model,
+            engine,
+            compute,
+            manager,
+            next_request: 0,
+            next_seq: 0,
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            steps: VecDeque::new(),
+            spare_steps: Vec::new(),
+            batch: Vec::new(),
+            payload: Vec::new(),
+            transfers: Vec::new(),
+            completed: Vec::new(),
+            pressed: false,
+            counters: Counters::default(),
+            started: Instant::now(),
+            setup,
+        })
+    }
+
+    pub fn setup(&self) -> &Setup {
+        &self.setup
+    }
+
+    pub fn manager(&self) -> &Manager {
+        &self.manager
+    }
+
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    pub fn tally(&self) -> Tally {
+        self.sampler.as_ref().map(Sampler::tally).unwrap_or_default()
+    }
+
+    /// Seconds since the server was made.
+    pub fn seconds(&self) -> f64 {
+        self.started.elapsed().as_secs_f64()
+    }
+
+    /// Serves every request; `each_round` sees the server after every round.
+    pub fn serve(&mut self, mut each_round: impl FnMut(&Self)) -> Result<()> {
+        self.started = Instant::now();
+        loop {
+            self.collect()?;
+            self.admit()?;
+            self.schedule()?;
+            if !self.batch.is_empty() {
+                self.submit()?;
+            } else if self.running.is_empty() && self.waiting.is_empty() && self.all_drawn() {
+                break;
+            } else {
+                self.wait()?;
+            }
+            each_round(self);
+        }
+        // The last offloads.
+        self.engine.wait(&mut self.completed)?;
+        self.take_completions()
+    }
+
+    /// Checks what is still to be checked.
+    pub fn finish(&mut self) -> Result<Tally> {
+        match self.sampler.take() {
+            Some(sampler) => sampler.finish((*self.compute).as_ref()),
+            None => Ok(Tally::default()),
+        }
+    }
+
+    fn all_drawn(&self) -> bool {
+        self.next_request == self.setup.workload.len()
+    }
+
+    /// Settles steps that have ended and takes completions, without waiting for more than the oldest step
+    /// when too many are on the device.
+    fn collect(&mut self) -> Result<()> {
+        while let Some(step) = self.steps.front()
+            && (self.steps.len() >= STEPS_IN_FLIGHT || step.end.is_complete()?)
+        {
+            self.settle_oldest()?;
+        }
+        self.engine.poll(&mut self.completed)?;
+        self.take_completions()
+    }
+
+    /// Nothing can be submitted now: waits for what is under way, or makes room.
+    fn wait(&mut self) -> Result<()> {
+        if !self.steps.is_empty() {
+            return self.settle_oldest();
+        }
+        self.pump()?;
+        if self.engine.outstanding() > 0 {
+            self.engine.wait(&mut self.completed)?;
+            return self.take_completions();
+        }
+        if self.running.len() > 1 {
+            return self.preempt_youngest();
+        }
+        // One request has the pool to itself and its sizes were checked: the manager must have room.
+        Err(Error::new(
+            "run",
+            ErrorKind::NoFreeBlocks {
+                needed: self.manager.max_blocks(self.setup.workload.longest()),
+                free: self.manager.free_blocks(),
+            },
+        ))
+    }
+
+    /// Waits for the oldest step, settles its tokens and ends the requests that are done.
+    fn settle_oldest(&mut self) -> Result<()> {
+        let Some(mut step) = self.steps.pop_front() else { return Ok(()) };
+        step.end.synchronize()?;
+        self.counters.step_ms += step.end.elapsed_ms_since(&step.start)? as f64;
+        if let Some((decode_only, mut time)) = step.timed.take() {
+            time.ms = self.timer.total_ms()?;
+            self.timer_busy = false;
+            match decode_only {
+                true => self.counters.decode_attention.add(&time),
+                false => self.counters.mixed_attention.add(&time),
+            }
+        }
+        for slice in step.slices.drain(..) {
+            // A preempted sequence is gone, and its name is never used again.
+            let Some(at) = self.running.iter().position(|live| live.seq == slice.seq) else {
+                continue;
+            };
+            let live = &mut self.running[at];
+            live.settled = (slice.start + slice.tokens) as usize;
+            self.manager.advance_with(live.seq, live.computed, live.settled, |_, _| {})?;
+            if live.settled == live.total() {
+                self.end(at)?;
+            }
+        }
+        self.spare_steps.push(step);
+        self.pump()
+    }
+
+    /// Ends a request whose tokens are all settled.
+    fn end(&mut self, at: usize) -> Result<()> {
+        let live = self.running.remove(at);
+        if let Some(sampler) = &mut self.sampler {
+            let compute = (*self.compute).as_ref();
+            let sequence = live.as_sequence();
+            sampler.sample_turn_end(
+                sequence,
+                live.settled,
+                &self.manager,
+                &self.engine,
+                compute,
+            )?;
+        }
+        self.manager.free(live.seq)?;
+        self.ended[live.job.request.index] = true;
+        self.counters.requests += 1;
+        Ok(())
+    }
+
+    /// Admits waiting requests, oldest first, while there is room for their prompts. Outputs are not
+    /// reserved for: what they lack later is taken from the youngest request.
+    fn admit(&mut self) -> Result<()> {
+        while self.running.len() < self.setup.max_seqs
+            && (!self.pressed || self.running.is_empty())
+            && let Some(at) = self.next_job()
+        {
+            let promised: usize = self
+                .running
+                .iter()
+                .map(|live| live.job.prompt_len.saturating_sub(live.computed))
+                .map(|tokens| self.manager.max_blocks(tokens))
+                .sum();
+            let job = &self.waiting[at];
+            let needed = promised + self.manager.max_blocks(job.prompt_len);
+            if !self.running.is_empty() && needed > self.manager.free_blocks() {
+                break;
+            }
+            let seq = self.next_seq;
+            let prompt = &job.request.tokens[..job.prompt_len];
+            let allocated = self.manager.allocate_prefill(seq, prompt, 1, ExtraKeys::default(), 0);
+            let allocation = match allocated {
+                Ok(allocation) => allocation,
+                Err(error) if matches!(error.kind(), ErrorKind::NoFreeBlocks { .. }) => break,
+                Err(error) => return Err(error),
+            };
+            self.next_seq += 1;
+            for &block in allocation.new_blocks.iter().flatten() {
+                self.poison(block)?;
+            }
+            let Some(job) = self.waiting.remove(at) else { break };
+            if !job.preempted {
+                let hit = allocation.hit_tokens as u64;
+                self.counters.prompt_tokens += job.prompt_len as u64;
+                self.counters.device_hit_tokens += allocation.device_hit_tokens as u64;
+                self.counters.host_hit_tokens += hit - allocation.device_hit_tokens as u64;
+            }
+            let index = job.request.index;
+            let at = self.running.partition_point(|live| live.job.request.index < index);
+            let live = Live {
+                seq,
+                job,
+                appended: allocation.num_tokens,
+                computed: allocation.hit_tokens,
+                settled: allocation.hit_tokens,
+                hit_tokens: allocation.hit_tokens,
+                loads: Vec::new(),
+                loading: !allocation.loads.is_empty(),
+            };
+            self.running.insert(at, live);
+            self.pump()?;
+            if allocation.loads.is_empty() {
+                self.sample_hit(at)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where in `waiting` the oldest request stands that may start: turns of one conversation follow each
+    /// other.
+    fn next_job(&mut self) -> Option<usize> {
+        let Self { waiting, ended, .. } = self;
+        let may_start = |job: &Job| job.request.after.is_none_or(|request| ended[request]);
+        if let Some(at) = waiting.iter().position(may_start) {
+            return Some(at);
+        }
+        while self.waiting.len() < LOOK_AHEAD && self.next_request < self.setup.workload.len() {
+            let request = self.setup.workload.request(self.next_request);
+            self.next_request += 1;
+            let mut hash = 0;
+            let hashes = request
+                .tokens
+                .iter()
+                .map(|&token| {
+                    hash = history(hash, token);
+                    hash
+                })
+                .collect();
+            let may_start = request.after.is_none_or(|request| self.ended[request]);
+            let prompt_len = request.prompt_len;
+            self.waiting.push_back(Job { request, hashes, prompt_len, preempted: false });
+            if may_start {
+                return Some(self.waiting.len() - 1);
+            }
+        }
+        None
+    }
+
+    /// Fills a newly taken block with NaN, so that whatever is read before it is written shows.
+    fn poison(&self, block: BlockId) -> Result<()> {
+        if !self.setup.poison {
+            return Ok(());
+        }
+        let span = self.engine.block(block)?;
+        // SAFETY: the block was free until now: its readers were submitted to this stream before, no
+        // transfer uses it, and its onboard, if any, is fenced behind this stream.
+        unsafe { (*self.compute).as_ref().fill(span.address, 0xFF, span.bytes as usize) }
+    }
+
+    /// Puts a batch together: one token of every decoding request, then prefill chunks, oldest first.
+    fn schedule(&mut self) -> Result<()> {
+        self.batch.clear();
+        self.pressed = false;
+        let mut budget = self.setup.max_batch_tokens;
+        for decoding in [true, false] {
+            for at in 0..self.running.len() {
+                let live = &self.running[at];
+                let is_decoding = live.computed >= live.job.prompt_len;
+                if live.loading || live.computed == live.total() || is_decoding != decoding {
+                    continue;
+                }
+                let wanted = if decoding { 1 } else { live.job.prompt_len - live.computed };
+                let tokens = wanted.min(budget);
+                if tokens == 0 {
+                    return Ok(());
+                }
+                if !self.append(at, live.computed + tokens)? {
+                    self.pressed = true;
+                    return Ok(());
+                }
+                let live = &mut self.running[at];
+                self.batch.push(SeqSlice {
+                    seq: live.seq,
+                    start: live.computed as u32,
+                    tokens: tokens as u32,
+                });
+                live.computed += tokens;
+                budget -= tokens;
+                match decoding {
+                    true => self.counters.decode_tokens += tokens as u64,
+                    false => self.counters.prefill_tokens += tokens as u64,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the manager know a request's tokens up to `end`; `false`, with nothing changed, when there are
+    /// no blocks.
+    fn append(&mut self, at: usize, end: usize) -> Result<bool> {
+        let live = &mut self.running[at];
+        if end <= live.appended {
+            return Ok(true);
+        }
+        let tokens = &live.job.request.tokens[live.appended..end];
+        let mut new_blocks = Vec::new();
+        match self.manager.append_with(live.seq, tokens, |_, block| new_blocks.push(block)) {
+            Ok(()) => live.appended = end,
+            Err(error) if matches!(error.kind(), ErrorKind::NoFreeBlocks { .. }) => {
+                return Ok(false);
+            }
+            Err(error) => return Err(error),
+        }
+        for block in new_blocks {
+            self.poison(block)?;
+        }
+        Ok(true)
+    }
+
+    /// Submits the batch as one step.
+    fn submit(&mut self) -> Result<()> {
+        let stream = self.compute.clone();
+        let compute = (*stream).as_ref();
+        let mut step = match self.spare_steps.pop() {
+            Some(step) => step,
+            None => {
+                let device = compute.device();
+                let (start, end) = (device.timed_event()?, device.timed_event()?);
+                Step { start, end, slices: Vec::new(), timed: None }
+            }
+        };
+        step.slices.extend_from_slice(&self.batch);
+        self.payload.clear();
+        for slice in &self.batch {
+            let range = slice.start as usize..(slice.start + slice.tokens) as usize;
+            if let Some(live) = self.running.iter().find(|live| live.seq == slice.seq) {
+                self.payload.extend_from_slice(&live.job.hashes[range]);
+            }
+        }
+        if let Some(sampler) = &mut self.sampler {
+            sampler.note_step(&self.manager, &self.batch, &self.payload)?;
+        }
+        let batch = self.tables.build(&self.manager, &self.batch, &self.payload, compute)?;
+        let reaches: Vec<Reach> = self
+            .setup
+            .plan
+            .groups
+            .iter()
+            .map(|group| Reach::of(group.kind, group.sink_tokens, &self.batch))
+            .collect();
+        if !self.timer_busy && self.counters.steps.is_multiple_of(TIMED_STEPS) {
+            let decode_only = batch.max_q_len == 1;
+            step.timed = Some((decode_only, attention_work(&self.setup, &reaches)));
+            self.timer_busy = true;
+        }
+
+        compute.record(&step.start)?;
+        let Self { model, sampler, running, batch: slices, timer, .. } = self;
+        let hashes = |seq| running.iter().find(|live| live.seq == seq).map(|live| &live.job.hashes);
+        let timer = step.timed.is_some().then_some(&*timer);
+        model.step(&batch, &reaches, timer, compute, |layer, out| match sampler {
+            Some(sampler) => sampler.sample_rows(layer, out, slices, hashes, compute),
+            None => Ok(()),
+        })?;
+        compute.record(&step.end)?;
+        self.steps.push_back(step);
+        self.counters.steps += 1;
+
+        for live in &self.running {
+            if self.batch.iter().any(|slice| slice.seq == live.seq) {
+                self.manager.advance_with(live.seq, live.computed, live.settled, |_, _| {})?;
+            }
+        }
+        let live_tokens: u64 = self.running.iter().map(|live| live.computed as u64).sum();
+        self.counters.peak_live_tokens = self.counters.peak_live_tokens.max(live_tokens);
+        self.pump()?;
+        if let Some(sampler) = &mut self.sampler {
+            sampler.fence(compute)?;
+        }
+        Ok(())
+    }
+
+    /// Starts the transfers that the manager has emitted.
+    fn pump(&mut self) -> Result<()> {
+        self.transfers.clear();
+        while let Some(transfer) = self.manager.next_transfer() {
+            self.transfers.push(transfer);
+            match (transfer.direction, transfer.seq) {
+                (Direction::Onboard, Some(seq)) => {
+                    if let Some(live) = self.running.iter_mut().find(|live| live.seq == seq) {
+                        live.loads.push((transfer.group as usize, transfer.block));
+                    }
+                }
+                (Direction::Offload, _) => {
+                    if let Some(sampler) = &mut self.sampler {
+                        sampler.offload_started(&transfer);
+                    }
+                }
+                (Direction::Onboard, None) => {}
+            }
+        }
+        self.engine.submit(&self.transfers, (*self.compute).as_ref())
+    }
+
+    /// Tells the manager how transfers ended, and checks host slots.
+    fn take_completions(&mut self) -> Result<()> {
+        let mut completed = std::mem::take(&mut self.completed);
+        for (id, outcome) in completed.drain(..) {
+            if let Some(sampler) = &mut self.sampler {
+                sampler.transfer_ended(id, outcome, &self.engine)?;
+            }
+            match self.manager.complete(id, outcome)? {
+                Completion::Pending => {}
+                Completion::Ready { seq, valid_tokens } => self.loaded(seq, valid_tokens)?,
+                Completion::Dropped { seq } => {
+                    if let Some(at) = self.running.iter().position(|live| live.seq == seq) {
+                        self.counters.failed_loads += 1;
+                        self.requeue(at);
+                    }
+                }
+            }
+        }
+        self.completed = completed;
+        Ok(())
+    }
+
+    /// A sequence's loads have ended: it runs from its first `valid_tokens` on.
+    fn loaded(&mut self, seq: SeqId, valid_tokens: usize) -> Result<()> {
+        let Some(at) = self.running.iter().position(|live| live.seq == seq) else { return Ok(()) };
+        let live = &mut self.running[at];
+        live.loading = false;
+        if valid_tokens < live.hit_tokens {
+            self.counters.failed_loads += 1;
+        }
+        live.hit_tokens = valid_tokens;
+        live.computed = valid_tokens;
+        live.settled = valid_tokens;
+        self.sample_hit(at)
+    }
+
+    /// Frees the youngest running request and puts it back in line.
+    fn preempt_youngest(&mut self) -> Result<()> {
+        let at = self.running.len() - 1;
+        self.manager.free(self.running[at].seq)?;
+        self.counters.preemptions += 1;
+        self.requeue(at);
+        Ok(())
+    }
+
+    /// Puts a request, of which the manager knows nothing any more, back in line.
+    fn requeue(&mut self, at: usize) {
+        let live = self.running.remove(at);
+        let prompt_len = live.job.prompt_len.max(live.appended);
+        let index = live.job.request.index;
+        let at = self.waiting.partition_point(|job| job.request.index < index);
+        self.waiting.insert(at, Job { prompt_len, preempted: true, ..live.job });
+    }
+
+    /// Samples the blocks of a prefix hit that is whole now.
+    fn sample_hit(&mut self, at: usize) -> Result<()> {
+        let live = &mut self.running[at];
+        let loads: HashSet<(usize, BlockId)> = live.loads.drain(..).collect();
+        let Some(sampler) = &mut self.sampler else { return Ok(()) };
+        let compute = (*self.compute).as_ref();
+        let (sequence, tokens) = (live.as_sequence(), live.hit_tokens);
+        sampler.sample_hit(sequence, tokens, &loads, &self.manager, &self.engine, compute)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // After an error, copies into the verifier's memory may still be under way.
+        let _ = (*self.compute).as_ref().synchronize();
+    }
+}
+
+/// Bytes and operations of the attention of all layers of a step.
+fn attention_work(setup: &Setup, reaches: &[Reach]) -> AttentionTime {
+    let mut work = AttentionTime::default();
+    for (group, reach) in setup.plan.groups.iter().zip(reaches) {
+        let layers = group.layers.len() as f64;
+        let heads = setup.spec.num_qo_heads as f64;
+        work.bytes += layers * reach.keys as f64 * group.shape.token_bytes() as f64;
+        work.flops += layers * reach.pairs as f64 * 4.0 * heads * group.shape.head_dim as f64;
+    }
+    work
+}

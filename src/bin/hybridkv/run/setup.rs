@@ -1,0 +1,306 @@
+//! From arguments to a model, a workload and memory sizes that belong together.
+
+use hybridkv::device::Device;
+use hybridkv::engine::{EngineConfig, HostSize};
+use hybridkv::error::{Error, ErrorKind, Result};
+use hybridkv::manager::{GroupConfig, HostConfig, ManagerConfig, Retention};
+use hybridkv::spec::{AttentionKind, GroupPlan, LayerSpec, ModelSpec};
+
+use super::Args;
+use super::conversations::{Conversations, Sizes};
+use super::trace::{Trace, output_token};
+
+/// Every length is divided by this on the CPU device.
+const CPU_SHRINK: usize = 32;
+/// Layers, query heads per KV head and head_dim on the CPU device.
+const CPU_LAYERS: usize = 6;
+const CPU_QO_HEADS: u32 = 2;
+const CPU_HEAD_DIM: u32 = 64;
+/// A shrunk window keeps this many tokens at least.
+const CPU_WINDOW: u32 = 16;
+
+/// Conversations of the built-in workload on a GPU; the CPU device divides the lengths.
+const SIZES: Sizes = Sizes {
+    conversations: 48,
+    system_prompts: 4,
+    system: 2048,
+    user: 1024,
+    output: 320,
+    context: 40_960,
+};
+
+/// Steps whose tokens may be in flight at once.
+pub const STEPS_IN_FLIGHT: usize = 2;
+
+/// One request to serve.
+pub struct Request {
+    pub index: usize,
+    /// Prompt, then outputs.
+    pub tokens: Vec<u32>,
+    pub prompt_len: usize,
+    /// A request that must have ended before this one starts.
+    pub after: Option<usize>,
+}
+
+/// Where requests come from.
+pub enum Workload {
+    Trace { trace: Trace, name: String },
+    Conversations { source: Conversations, sizes: Sizes, requests: usize },
+}
+
+impl Workload {
+    /// Requests in all.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Trace { trace, .. } => trace.len(),
+            Self::Conversations { requests, .. } => *requests,
+        }
+    }
+
+    /// Tokens of the longest request.
+    pub fn longest(&self) -> usize {
+        match self {
+            Self::Trace { trace, .. } => trace.longest(),
+            Self::Conversations { sizes, .. } => sizes.longest(),
+        }
+    }
+
+    /// Request `index`; asked for in order.
+    pub fn request(&mut self, index: usize) -> Request {
+        let (mut tokens, output_len, after) = match self {
+            Self::Trace { trace, .. } => (trace.prompt(index), trace.output_len(index), None),
+            Self::Conversations { source, .. } => {
+                let turn = source.next();
+                (turn.prompt, turn.output_len, turn.after)
+            }
+        };
+        let prompt_len = tokens.len();
+        tokens.extend((0..output_len).map(|j| output_token(index, j)));
+        Request { index, tokens, prompt_len, after }
+    }
+
+    /// What it is, in words.
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Trace { trace, name } => format!("{} requests of {name}", trace.len()),
+            Self::Conversations { sizes, requests, .. } => format!(
+                "{requests} turns of {} conversations under {} shared system prompts",
+                sizes.conversations, sizes.system_prompts
+            ),
+        }
+    }
+}
+
+/// Everything a run is made of.
+pub struct Setup {
+    pub spec: ModelSpec,
+    pub plan: GroupPlan,
+    pub workload: Workload,
+    pub engine: EngineConfig,
+    pub manager: ManagerConfig,
+    pub max_seqs: usize,
+    pub max_batch_tokens: usize,
+    /// Fraction of blocks read back, and of (sequence, step, layer) of which one output row is checked.
+    pub verify: f64,
+    pub seed: u64,
+    /// Whether newly taken blocks are filled with NaN.
+    pub poison: bool,
+    /// What was taken down for the CPU device, in words.
+    pub notes: Vec<String>,
+}
+
+impl Setup {
+    /// Resolves arguments for a device.
+    ///
+    /// # Errors
+    /// An unknown model, a trace that does not parse, a pool too small for the longest request, values out
+    /// of range.
+    pub fn new(args: &Args, device: &Device) -> Result<Self> {
+        let on_cpu = !device.is_cuda();
+        let mut notes = Vec::new();
+        let (name, default_tp) = match &args.model {
+            Some(name) => (name.as_str(), 1),
+            None => ("llama-4-scout", 8),
+        };
+        let mut spec = load_model(name)?.shard(args.tp.unwrap_or(default_tp))?;
+        if on_cpu {
+            shrink_model(&mut spec, args.layers, &mut notes);
+        }
+        if let Some(layers) = args.layers {
+            if layers == 0 || layers as usize > spec.layers.len() {
+                return Err(Error::unsupported(
+                    "run",
+                    "--layers",
+                    layers,
+                    format!("1 to {} for {}", spec.layers.len(), spec.name),
+                ));
+            }
+            spec.layers.truncate(layers as usize);
+        }
+        let plan = spec.group(args.block_size)?;
+
+        let shrink = if on_cpu { CPU_SHRINK } else { 1 };
+        let requests = args.requests.unwrap_or(if on_cpu { 2500 } else { 600 });
+        if requests == 0 {
+            return Err(Error::invalid("run", "--requests is 0"));
+        }
+        let workload = match &args.trace {
+            Some(path) => {
+                let name = path.rsplit('/').next().unwrap_or(path).to_string();
+                Workload::Trace { trace: Trace::read(path, requests, shrink)?, name }
+            }
+            None => {
+                let sizes = SIZES.shrunk(shrink);
+                let source = Conversations::new(sizes, args.seed);
+                Workload::Conversations { source, sizes, requests }
+            }
+        };
+        if on_cpu {
+            notes.push(format!("every length is divided by {CPU_SHRINK}"));
+        }
+
+        let device_mem = match &args.device_mem {
+            Some(text) => parse_bytes(text)?,
+            // A pool of a few contexts, whatever the model.
+            None if on_cpu => 1024 * plan.block_bytes as u64,
+            None => 8 << 30,
+        };
+        let engine =
+            EngineConfig::sized(plan.block_bytes, device_mem, HostSize::Ratio(args.host_ratio))?;
+        let max_batch_tokens = args.max_batch_tokens.unwrap_or(if on_cpu { 256 } else { 8192 });
+        let max_seqs = args.max_seqs.unwrap_or(if on_cpu { 8 } else { 64 });
+        if max_batch_tokens == 0 || max_seqs == 0 {
+            return Err(Error::invalid("run", "--max-seqs and --max-batch-tokens must not be 0"));
+        }
+        let verify = args.verify.unwrap_or(if on_cpu { 0.05 } else { 0.002 });
+        if !(0.0..=1.0).contains(&verify) {
+            return Err(Error::unsupported("run", "--verify", verify, "0 to 1"));
+        }
+        let manager = ManagerConfig {
+            groups: plan
+                .groups
+                .iter()
+                .map(|group| GroupConfig {
+                    kind: group.kind,
+                    sink_tokens: group.sink_tokens,
+                    block_size: group.block_size,
+                })
+                .collect(),
+            num_blocks: engine.num_blocks,
+            prefix_caching: true,
+            retention: Retention { interval: Some(0), slack: 1, dense_chunks: false },
+            max_model_len: u32::try_from(workload.longest()).unwrap_or(u32::MAX),
+            in_flight_tokens: u32::try_from(STEPS_IN_FLIGHT * max_batch_tokens).unwrap_or(u32::MAX),
+            host: (engine.num_slots > 0).then_some(HostConfig { num_slots: engine.num_slots }),
+            identity: identity(&spec, &plan),
+        };
+        Ok(Self {
+            spec,
+            plan,
+            workload,
+            engine,
+            manager,
+            max_seqs,
+            max_batch_tokens,
+            verify,
+            seed: args.seed,
+            poison: args.poison || on_cpu,
+            notes,
+        })
+    }
+}
+
+/// A preset by name, or a Hugging Face `config.json` by path.
+fn load_model(name: &str) -> Result<ModelSpec> {
+    if !name.ends_with(".json") {
+        return ModelSpec::preset(name);
+    }
+    let text = std::fs::read_to_string(name)
+        .map_err(|source| Error::new("run", ErrorKind::Io { path: name.to_string(), source }))?;
+    ModelSpec::from_hf_config(&text)
+}
+
+/// Takes a model down to what the CPU device serves in a minute: few layers (all kinds of them), few small
+/// heads, windows shortened like the contexts.
+fn shrink_model(spec: &mut ModelSpec, layers: Option<u32>, notes: &mut Vec<String>) {
+    let before = (spec.layers.len(), spec.num_qo_heads, spec.layers[0].shape);
+    if layers.is_none() {
+        let is_new =
+            |l: usize| !spec.layers[..l].iter().any(|other| other.kind == spec.layers[l].kind);
+        let kinds_end = (0..spec.layers.len()).rev().find(|&l| is_new(l)).map_or(0, |l| l + 1);
+        spec.layers.truncate(kinds_end.clamp(2, CPU_LAYERS));
+    }
+    let shrink = CPU_SHRINK as u32;
+    for LayerSpec { kind, sink_tokens, shape } in &mut spec.layers {
+        match kind {
+            AttentionKind::Full => {}
+            AttentionKind::Sliding { window: extent }
+            | AttentionKind::Chunked { chunk: extent } => {
+                *extent = (*extent / shrink).max(CPU_WINDOW.min(*extent));
+            }
+        }
+        *sink_tokens = sink_tokens.div_ceil(shrink);
+        shape.num_kv_heads = 1;
+        shape.head_dim = CPU_HEAD_DIM;
+    }
+    spec.num_qo_heads = CPU_QO_HEADS;
+    spec.sm_scale = 1.0 / (CPU_HEAD_DIM as f32).sqrt();
+    notes.push(format!(
+        "{} of {} layers, {} query and 1 KV head of {} (not {}, {} of {}), windows divided by {shrink}",
+        spec.layers.len(),
+        before.0,
+        spec.num_qo_heads,
+        CPU_HEAD_DIM,
+        before.1,
+        before.2.num_kv_heads,
+        before.2.head_dim,
+    ));
+}
+
+/// What a cached block of this run is of: seeds the hashes.
+fn identity(spec: &ModelSpec, plan: &GroupPlan) -> [u8; 32] {
+    *blake3::hash(format!("synthetic {spec:?} {plan:?}").as_bytes()).as_bytes()
+}
+
+/// `8GiB`, `500MB`, `4096`, ...
+pub fn parse_bytes(text: &str) -> Result<u64> {
+    let refuse =
+        || Error::unsupported("run", "number of bytes", text, "e.g. 8GiB, 512MiB, 2GB, 1000000");
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let number: f64 = text[..digits].parse().map_err(|_| refuse())?;
+    let unit: u64 = match text[digits..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kib" | "k" => 1 << 10,
+        "mib" | "m" => 1 << 20,
+        "gib" | "g" => 1 << 30,
+        "tib" | "t" => 1 << 40,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        _ => return Err(refuse()),
+    };
+    let bytes = number * unit as f64;
+    if bytes >= 1.0 && bytes < (1u64 << 50) as f64 { Ok(bytes as u64) } else { Err(refuse()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_read_with_units() {
+        for (text, bytes) in [
+            ("8GiB", 8 << 30),
+            ("1.5 MiB", 3 << 19),
+            ("2GB", 2_000_000_000),
+            ("4096", 4096),
+            ("512k", 512 << 10),
+        ] {
+            assert_eq!(parse_bytes(text).unwrap(), bytes);
+        }
+        for text in ["", "GiB", "-1GiB", "8 apples", "0", "1e9", "99999TiB"] {
+            assert!(parse_bytes(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,483 @@
+//! Verification that never trusts the pool: what a block or an attention output must be is recomputed on
+//! the host from the token history alone.
+//!
+//! A *probe* is a copy of a block or an output row into pinned memory, made in stream order on the compute
+//! stream. Once the event behind it is complete, a worker thread compares it: blocks bit by bit, output
+//! rows with the f64 reference over keys and values that are recomputed for every visible position.
+
+use std::collections::VecDeque;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use half::{bf16, f16};
+use hybridkv::device::{Device, Event, PinnedBuffer, Span, StreamRef};
+use hybridkv::error::{Error, ErrorKind, Result};
+use hybridkv::layout::Dtype;
+use hybridkv::ops::synthetic::{Distribution, Tensor};
+use hybridkv::reference::{self, Logits};
+use hybridkv::spec::{GroupPlan, LayerGroup, ModelSpec};
+
+/// Largest relative 2-norm error of one output row: twice what is allowed for a whole tensor
+/// (4e-3 in bf16, 5e-4 in f16), because a row does not average over the others.
+pub fn row_tolerance(dtype: Dtype) -> f64 {
+    if dtype == Dtype::F16 { 1e-3 } else { 8e-3 }
+}
+
+/// Block probes in flight.
+const BLOCK_PROBES: usize = 128;
+/// Row probes in flight.
+const ROW_PROBES: usize = 4096;
+/// Messages of mismatches that are kept.
+const MESSAGES: usize = 8;
+
+/// When and where a block was read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Occasion {
+    /// On the device, found by a prefix hit.
+    Hit,
+    /// On the device, after its onboard.
+    Onboarded,
+    /// On the device, at the end of its turn.
+    TurnEnd,
+    /// In its host slot, after its offload.
+    HostSlot,
+}
+
+/// What a block must hold.
+#[derive(Debug, Clone)]
+pub struct ExpectedBlock {
+    pub occasion: Occasion,
+    pub group: usize,
+    /// History hashes of its tokens, in order; tokens beyond are not looked at.
+    pub hashes: Vec<u64>,
+}
+
+/// One output row to check.
+#[derive(Debug, Clone)]
+pub struct ExpectedRow {
+    pub layer: u32,
+    pub qo_head: u32,
+    /// Absolute position of the query.
+    pub position: usize,
+    /// History hashes of the sequence, up to the position at least.
+    pub hashes: Arc<[u64]>,
+}
+
+/// What was checked and what was wrong.
+#[derive(Debug, Clone, Default)]
+pub struct Tally {
+    /// Blocks compared, by [`Occasion`].
+    pub hit_blocks: u64,
+    pub onboarded_blocks: u64,
+    pub turn_end_blocks: u64,
+    pub host_slots: u64,
+    pub wrong_blocks: u64,
+    pub rows: u64,
+    pub wrong_rows: u64,
+    /// Largest relative 2-norm error of a row.
+    pub worst_row_error: f64,
+    /// The first few mismatches, in words.
+    pub messages: Vec<String>,
+}
+
+impl Tally {
+    /// Blocks compared.
+    pub fn blocks(&self) -> u64 {
+        self.hit_blocks + self.onboarded_blocks + self.turn_end_blocks + self.host_slots
+    }
+
+    /// Whether nothing was wrong.
+    pub fn passed(&self) -> bool {
+        self.wrong_blocks == 0 && self.wrong_rows == 0
+    }
+
+    fn complain(&mut self, message: String) {
+        if self.messages.len() < MESSAGES {
+            self.messages.push(message);
+        }
+    }
+}
+
+/// The model as the checks need it.
+pub struct Oracle {
+    pub spec: ModelSpec,
+    pub plan: GroupPlan,
+    /// Learned sink logits per query head; empty when the model has none.
+    pub sink_logits: Vec<f32>,
+    distributions: [Distribution; 2],
+}
+
+impl Oracle {
+    pub fn new(spec: ModelSpec, plan: GroupPlan, sink_logits: Vec<f32>) -> Result<Self> {
+        let distributions =
+            [Distribution::embedded(Dtype::Bf16)?, Distribution::embedded(Dtype::F16)?];
+        Ok(Self { spec, plan, sink_logits, distributions })
+    }
+
+    fn distribution(&self, dtype: Dtype) -> &Distribution {
+        &self.distributions[usize::from(dtype == Dtype::F16)]
+    }
+
+    /// Compares a native block with what it must hold; the first difference, in words.
+    fn check_block(&self, data: &[u8], expected: &ExpectedBlock) -> Result<(), String> {
+        let group: &LayerGroup = &self.plan.groups[expected.group];
+        let shape = group.shape;
+        let dim = shape.head_dim as usize;
+        let block_size = group.block_size as usize;
+        let distribution = self.distribution(shape.dtype);
+        let mut want = vec![0u16; dim];
+        for (slot, &layer) in group.layers.iter().enumerate() {
+            for (half, tensor) in [(0, Tensor::K), (1, Tensor::V)] {
+                for head in 0..shape.num_kv_heads {
+                    let row = (slot * 2 + half) * shape.num_kv_heads as usize + head as usize;
+                    for (token, &hash) in expected.hashes.iter().enumerate() {
+                        distribution.fill(hash, layer, tensor, head, &mut want);
+                        let at = (row * block_size + token) * dim * 2;
+                        let have = &data[at..at + dim * 2];
+                        if have != bytemuck::cast_slice::<u16, u8>(&want) {
+                            return Err(format!(
+                                "group {}, layer {layer}, {tensor:?}, kv head {head}, token {token} of the \
+                                 block differs",
+                                expected.group
+                            ));
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Relative 2-norm error of an output row.
+    fn row_error(&self, data: &[u8], expected: &ExpectedRow) -> f64 {
+        let layer = &self.spec.layers[expected.layer as usize];
+        let dim = layer.shape.head_dim as usize;
+        let dtype = layer.shape.dtype;
+        let distribution = self.distribution(dtype);
+        let kv_head = expected.qo_head * layer.shape.num_kv_heads / self.spec.num_qo_heads;
+        let mut bits = vec![0u16; dim];
+        let mut draw = |position: usize, tensor, head, out: &mut Vec<f64>| {
+            let hash = expected.hashes[position];
+            distribution.fill(hash, expected.layer, tensor, head, &mut bits);
+            out.extend(bits.iter().map(|&b| decode(dtype, b)));
+        };
+        let mut query = Vec::with_capacity(dim);
+        draw(expected.position, Tensor::Q, expected.qo_head, &mut query);
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        let query_at = expected.position as i64;
+        for key in 0..=expected.position {
+            if reference::sees(layer.kind, layer.sink_tokens, query_at, key as i64) {
+                draw(key, Tensor::K, kv_head, &mut keys);
+                draw(key, Tensor::V, kv_head, &mut values);
+            }
+        }
+        let visible: Vec<usize> = (0..keys.len() / dim).collect();
+        let logits = Logits {
+            sm_scale: self.spec.sm_scale as f64,
+            soft_cap: self.spec.logits_soft_cap as f64,
+            sink: self.sink_logits.get(expected.qo_head as usize).map(|&sink| sink as f64),
+        };
+        let want = reference::attend(&query, &keys, &values, &visible, logits).out;
+        let have: Vec<f64> = data[..dim * 2]
+            .chunks_exact(2)
+            .map(|bytes| decode(dtype, u16::from_le_bytes([bytes[0], bytes[1]])))
+            .collect();
+        let comparison = reference::compare(&have, &want, dim);
+        if comparison.misplaced > 0 { f64::INFINITY } else { comparison.relative }
+    }
+}
+
+fn decode(dtype: Dtype, bits: u16) -> f64 {
+    match dtype {
+        Dtype::F16 => f16::from_bits(bits).to_f64(),
+        _ => bf16::from_bits(bits).to_f64(),
+    }
+}
+
+/// Equal entries of pinned memory, free or in use by a probe.
+struct Entries {
+    buffer: Arc<PinnedBuffer>,
+    entry_bytes: usize,
+    free: Arc<Mutex<Vec<usize>>>,
+}
+
+/// A filled (or still filling) entry; gives itself back when dropped.
+struct Entry {
+    buffer: Arc<PinnedBuffer>,
+    start: usize,
+    bytes: usize,
+    free: Arc<Mutex<Vec<usize>>>,
+}
+
+impl Entries {
+    fn new(device: &Device, entry_bytes: usize, count: usize) -> Result<Self> {
+        Ok(Self {
+            buffer: Arc::new(device.alloc_pinned(entry_bytes * count)?),
+            entry_bytes,
+            free: Arc::new(Mutex::new((0..count).map(|i| i * entry_bytes).collect())),
+        })
+    }
+
+    fn take(&self) -> Option<Entry> {
+        let start = lock(&self.free).pop()?;
+        let (buffer, free) = (self.buffer.clone(), self.free.clone());
+        Some(Entry { buffer, start, bytes: self.entry_bytes, free })
+    }
+}
+
+impl Entry {
+    fn address(&self) -> u64 {
+        self.buffer.address() + self.start as u64
+    }
+
+    fn data(&self) -> &[u8] {
+        &self.buffer.as_slice()[self.start..self.start + self.bytes]
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        lock(&self.free).push(self.start);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+enum Job {
+    Block(Entry, ExpectedBlock),
+    /// A block that was copied out of host memory already.
+    Bytes(Vec<u8>, ExpectedBlock),
+    Row(Entry, ExpectedRow),
+}
+
+/// Probes whose copies stand before the same event.
+struct Fenced {
+    event: Event,
+    jobs: Vec<Job>,
+}
+
+/// Makes probes and has them checked by worker threads.
+pub struct Verifier {
+    blocks: Entries,
+    rows: Entries,
+    /// Probes since the last fence.
+    pending: Vec<Job>,
+    /// Fences that the compute stream has not been seen to pass, oldest first.
+    fenced: VecDeque<Fenced>,
+    /// Fences to use again.
+    spare: Vec<Fenced>,
+    jobs: Option<SyncSender<Job>>,
+    workers: Vec<JoinHandle<()>>,
+    tally: Arc<Mutex<Tally>>,
+}
+
+impl Verifier {
+    /// A verifier with one worker per processor.
+    pub fn new(device: &Device, oracle: Arc<Oracle>) -> Result<Self> {
+        let row_bytes = oracle
+            .spec
+            .layers
+            .iter()
+            .map(|layer| layer.shape.head_dim as usize * 2)
+            .max()
+            .unwrap_or(0);
+        let blocks = Entries::new(device, oracle.plan.block_bytes, BLOCK_PROBES)?;
+        let rows = Entries::new(device, row_bytes, ROW_PROBES)?;
+        let tally = Arc::new(Mutex::new(Tally::default()));
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let (jobs, queue) = sync_channel(2 * (BLOCK_PROBES + ROW_PROBES));
+        let queue = Arc::new(Mutex::new(queue));
+        let workers = (0..threads)
+            .map(|_| {
+                let (oracle, queue, tally) = (oracle.clone(), queue.clone(), tally.clone());
+                std::thread::Builder::new()
+                    .name("verify".into())
+                    .spawn(move || work(&oracle, &queue, &tally))
+                    .map_err(|source| {
+                        let path = "verification thread".into();
+                        Error::new("verify", ErrorKind::Io { path, source })
+                    })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            blocks,
+            rows,
+            pending: Vec::new(),
+            fenced: VecDeque::new(),
+            spare: Vec::new(),
+            jobs: Some(jobs),
+            workers,
+            tally,
+        })
+    }
+
+    /// Reads a block of the device pool, in the order of `compute`.
+    pub fn probe_block(
+        &mut self,
+        block: Span,
+        expected: ExpectedBlock,
+        compute: StreamRef<'_>,
+    ) -> Result<()> {
+        let entry = loop {
+            match self.blocks.take() {
+                Some(entry) => break entry,
+                None => self.make_room(compute)?,
+            }
+        };
+        // SAFETY: the entry is this probe's alone until its event is complete; the block is memory of the
+        // pool, written only in stream order or behind a fence on `compute`.
+        unsafe { compute.copy(block.address, entry.address(), entry.bytes)? };
+        self.pending.push(Job::Block(entry, expected));
+        Ok(())
+    }
+
+    /// Reads an output row (its first bytes from `address` on), in the order of `compute`.
+    pub fn probe_row(
+        &mut self,
+        address: u64,
+        bytes: usize,
+        expected: ExpectedRow,
+        compute: StreamRef<'_>,
+    ) -> Result<()> {
+        let entry = loop {
+            match self.rows.take() {
+                Some(entry) => break entry,
+                None => self.make_room(compute)?,
+            }
+        };
+        // SAFETY: the entry is this probe's alone until its event is complete; the output buffer is
+        // written in the order of `compute` only.
+        unsafe { compute.copy(address, entry.address(), bytes.min(entry.bytes))? };
+        self.pending.push(Job::Row(entry, expected));
+        Ok(())
+    }
+
+    /// Checks bytes that the host holds already.
+    pub fn check_bytes(&self, data: &[u8], expected: ExpectedBlock) {
+        self.send(Job::Bytes(data.to_vec(), expected));
+    }
+
+    /// Puts a fence behind the probes so far, and checks those whose fence the compute stream has passed.
+    pub fn fence(&mut self, compute: StreamRef<'_>) -> Result<()> {
+        if !self.pending.is_empty() {
+            let mut fenced = match self.spare.pop() {
+                Some(fenced) => fenced,
+                None => Fenced { event: compute.device().event()?, jobs: Vec::new() },
+            };
+            std::mem::swap(&mut fenced.jobs, &mut self.pending);
+            compute.record(&fenced.event)?;
+            self.fenced.push_back(fenced);
+        }
+        while let Some(fenced) = self.fenced.front()
+            && fenced.event.is_complete()?
+        {
+            self.check_oldest();
+        }
+        Ok(())
+    }
+
+    /// Hands the probes of the oldest fence, which has been passed, to the workers.
+    fn check_oldest(&mut self) {
+        if let Some(mut fenced) = self.fenced.pop_front() {
+            for job in fenced.jobs.drain(..) {
+                self.send(job);
+            }
+            self.spare.push(fenced);
+        }
+    }
+
+    fn send(&self, job: Job) {
+        if let Some(jobs) = &self.jobs {
+            // The workers hold the other end until `finish`.
+            let _ = jobs.send(job);
+        }
+    }
+
+    /// All entries are taken: waits for the copies, and for the workers.
+    fn make_room(&mut self, compute: StreamRef<'_>) -> Result<()> {
+        self.flush(compute)?;
+        std::thread::sleep(Duration::from_micros(50));
+        Ok(())
+    }
+
+    /// Waits for the copies of all probes and hands them to the workers.
+    fn flush(&mut self, compute: StreamRef<'_>) -> Result<()> {
+        if self.pending.is_empty() && self.fenced.is_empty() {
+            return Ok(());
+        }
+        compute.synchronize()?;
+        while !self.fenced.is_empty() {
+            self.check_oldest();
+        }
+        for job in std::mem::take(&mut self.pending) {
+            self.send(job);
+        }
+        Ok(())
+    }
+
+    /// What was found so far.
+    pub fn tally(&self) -> Tally {
+        lock(&self.tally).clone()
+    }
+
+    /// Checks what is pending, ends the workers and says what was found.
+    pub fn finish(mut self, compute: StreamRef<'_>) -> Result<Tally> {
+        self.flush(compute)?;
+        self.jobs = None;
+        for worker in self.workers.drain(..) {
+            if worker.join().is_err() {
+                return Err(Error::new(
+                    "verify",
+                    ErrorKind::Corrupt("a verification thread panicked".into()),
+                ));
+            }
+        }
+        Ok(self.tally())
+    }
+}
+
+/// A worker: checks jobs until the queue closes.
+fn work(oracle: &Oracle, queue: &Mutex<Receiver<Job>>, tally: &Mutex<Tally>) {
+    loop {
+        let job = lock(queue).recv();
+        match job {
+            Err(_) => return,
+            Ok(Job::Block(entry, expected)) => check_block(oracle, entry.data(), &expected, tally),
+            Ok(Job::Bytes(data, expected)) => check_block(oracle, &data, &expected, tally),
+            Ok(Job::Row(entry, expected)) => {
+                let error = oracle.row_error(entry.data(), &expected);
+                let layer = &oracle.spec.layers[expected.layer as usize];
+                let mut tally = lock(tally);
+                tally.rows += 1;
+                tally.worst_row_error = tally.worst_row_error.max(error);
+                let right = error <= row_tolerance(layer.shape.dtype);
+                if !right {
+                    tally.wrong_rows += 1;
+                    tally.complain(format!(
+                        "attention output of layer {}, position {}, query head {}: relative error {error:.2e}",
+                        expected.layer, expected.position, expected.qo_head
+                    ));
+                }
+            }
+        }
+    }
+}
+
+fn check_block(oracle: &Oracle, data: &[u8], expected: &ExpectedBlock, tally: &Mutex<Tally>) {
+    let result = oracle.check_block(data, expected);
+    let mut tally = lock(tally);
+    match expected.occasion {
+        Occasion::Hit => tally.hit_blocks += 1,
+        Occasion::Onboarded => tally.onboarded_blocks += 1,
+        Occasion::TurnEnd => tally.turn_end_blocks += 1,
+        Occasion::HostSlot => tally.host_slots += 1,
+    }
+    if let Err(difference) = result {
+        tally.wrong_blocks += 1;
+        tally.complain(format!("{:?} block: {difference}", expected.occasion));
+    }
+}

@@ -1,0 +1,204 @@
+//! `hybridkv run` end to end on the CPU device: everything verified while blocks are evicted, offloaded and
+//! restored; and verification that fails when a transfer lies or starts too early.
+#![cfg(feature = "cli")]
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+/// A pool of a few contexts, and a host tier that holds more.
+const SMALL: &[&str] = &["--device-mem", "1MiB", "--host-ratio", "4", "--verify", "1"];
+
+fn run(args: &[&str]) -> Output {
+    let device = if args.contains(&"--device") { &[][..] } else { &["--device", "cpu"][..] };
+    Command::new(env!("CARGO_BIN_EXE_hybridkv"))
+        .arg("run")
+        .args(device)
+        .args(args)
+        .output()
+        .expect("the binary runs")
+}
+
+/// A file of this test's own.
+fn temporary(name: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("hybridkv-{}-{name}", std::process::id()))
+}
+
+/// The exit code and the figures of a run.
+fn figures(name: &str, args: &[&str]) -> (Option<i32>, Value) {
+    let path = temporary(&format!("{name}.json"));
+    let output = run(&[args, &["--json", path.to_str().expect("a UTF-8 path")]].concat());
+    let text = std::fs::read_to_string(&path)
+        .unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)));
+    std::fs::remove_file(&path).expect("the file was written");
+    (output.status.code(), serde_json::from_str(&text).expect("valid JSON"))
+}
+
+fn count(figures: &Value, path: &str) -> u64 {
+    figures.pointer(path).and_then(Value::as_u64).unwrap_or_else(|| panic!("no count at {path}"))
+}
+
+/// Every kind of block was looked at, rows too, and nothing was wrong.
+fn assert_verified(code: Option<i32>, figures: &Value) {
+    assert_eq!(code, Some(0), "{figures:#}");
+    assert_eq!(figures["passed"], true);
+    for what in ["hit_blocks", "onboarded_blocks", "turn_end_blocks", "host_slots", "rows"] {
+        assert!(count(figures, &format!("/verified/{what}")) > 0, "{what}: {figures:#}");
+    }
+    assert_eq!(
+        count(figures, "/verified/wrong_blocks") + count(figures, "/verified/wrong_rows"),
+        0
+    );
+    let worst = figures["verified"]["worst_row_error"].as_f64().expect("a number");
+    let tolerance = figures["verified"]["row_tolerance"].as_f64().expect("a number");
+    assert!(worst > 0.0 && worst <= tolerance);
+}
+
+#[test]
+fn conversations_are_evicted_restored_and_verified() {
+    let (code, figures) = figures("main", &[SMALL, &["--requests", "110"]].concat());
+    assert_verified(code, &figures);
+    assert_eq!(count(&figures, "/requests"), 110);
+    let (device, host) = (&figures["device_tier"], &figures["host_tier"]);
+    assert!(count(device, "/evicted_blocks") > 0 && count(device, "/hit_blocks") > 0);
+    assert!(count(host, "/hit_blocks") > 0);
+    assert!(count(&figures, "/hits/device_tokens") > 0 && count(&figures, "/hits/host_tokens") > 0);
+    // Every onboarded block was looked at, and every prompt token was a hit or computed.
+    assert_eq!(
+        count(&figures, "/verified/onboarded_blocks"),
+        count(&figures, "/onboard/transfers")
+    );
+    assert_eq!(count(&figures, "/verified/host_slots"), count(&figures, "/offload/transfers"));
+    let block = count(&figures, "/model/block_bytes");
+    assert_eq!(count(&figures, "/onboard/bytes"), block * count(&figures, "/onboard/transfers"));
+    let hits = count(&figures, "/hits/device_tokens") + count(&figures, "/hits/host_tokens");
+    assert!(count(&figures, "/computed_tokens") >= count(&figures, "/hits/prompt_tokens") - hits);
+    // A hybrid pool holds more context than a uniform one of the same bytes.
+    assert!(device["tokens"].as_f64() > device["uniform_tokens"].as_f64());
+}
+
+#[test]
+fn every_attention_kind_serves() {
+    for (model, memory) in [
+        ("gemma-3-1b", "2MiB"),
+        ("gpt-oss-20b", "1MiB"),
+        ("gemma-2-9b", "1MiB"),
+        ("mistral-7b", "1MiB"),
+    ] {
+        let args = ["--model", model, "--device-mem", memory, "--host-ratio", "4"];
+        let rest = ["--requests", "30", "--verify", "0.5"];
+        let (code, figures) = figures(model, &[&args[..], &rest[..]].concat());
+        assert_eq!(code, Some(0), "{model}: {figures:#}");
+        assert!(count(&figures, "/verified/turn_end_blocks") > 0);
+        assert!(count(&figures, "/verified/rows") > 0);
+    }
+}
+
+#[test]
+fn streams_in_adversarial_order_change_nothing() {
+    for seed in 0..4 {
+        let device = format!("cpu-deferred:{seed}");
+        let args = ["--device", &device, "--requests", "60"];
+        let (code, figures) = figures(&device, &[SMALL, &args].concat());
+        assert_verified(code, &figures);
+    }
+}
+
+/// Runs with a fault; the exit code and how many blocks and rows were found wrong.
+fn with_fault(device: &str, fault: &str) -> (Option<i32>, u64) {
+    let args = ["--device", device, "--requests", "60", "--fault", fault];
+    let (code, figures) = figures(&format!("{device}-{fault}"), &[SMALL, &args].concat());
+    let wrong = count(&figures, "/verified/wrong_blocks") + count(&figures, "/verified/wrong_rows");
+    assert_eq!(figures["verified"]["mismatches"].as_array().map(Vec::is_empty), Some(wrong == 0));
+    assert_eq!(figures["passed"].as_bool(), Some(wrong == 0));
+    (code, wrong)
+}
+
+#[test]
+fn one_lying_transfer_is_found() {
+    for kind in ["corrupt", "skip"] {
+        for direction in ["offload", "onboard"] {
+            let (code, wrong) = with_fault("cpu", &format!("{kind}:{direction}"));
+            assert_eq!(code, Some(1), "{kind} {direction}");
+            assert!(wrong > 0, "{kind} {direction}");
+        }
+    }
+}
+
+#[test]
+fn transfers_that_do_not_wait_for_compute_are_found() {
+    for direction in ["offload", "onboard"] {
+        let found = (2..4).any(|seed| {
+            let device = format!("cpu-deferred:{seed}");
+            let (code, wrong) = with_fault(&device, &format!("unordered:{direction}:1000000"));
+            assert_eq!(code, Some(i32::from(wrong > 0)));
+            wrong > 0
+        });
+        assert!(found, "no seed caught {direction}s that start too early");
+    }
+}
+
+#[test]
+fn failed_transfers_are_misses() {
+    let args = ["--requests", "80", "--fault", "fail:onboard:40", "--fault", "fail:offload:30"];
+    let (code, figures) = figures("failed", &[SMALL, &args].concat());
+    assert_verified(code, &figures);
+    assert!(count(&figures, "/failed_loads") > 0);
+}
+
+/// A trace of long outputs, so that decoding outgrows the pool.
+fn long_outputs() -> String {
+    (0..12)
+        .map(|i| {
+            let ids: Vec<usize> =
+                (0..12).map(|k| if k == 0 { i % 3 } else { 100 * i + k }).collect();
+            format!("{{\"input_length\": 6000, \"output_length\": 7000, \"hash_ids\": {ids:?}}}\n")
+        })
+        .collect()
+}
+
+#[test]
+fn requests_that_outgrow_the_pool_are_preempted_and_none_is_lost() {
+    let path = temporary("long.jsonl");
+    std::fs::write(&path, long_outputs()).expect("writable");
+    let args = ["--trace", path.to_str().expect("a UTF-8 path"), "--device-mem", "1200KiB"];
+    let rest = ["--max-seqs", "12", "--max-batch-tokens", "64", "--verify", "0.1"];
+    let (code, figures) = figures("long", &[&args[..], &rest[..]].concat());
+    std::fs::remove_file(&path).expect("written above");
+    assert_eq!(code, Some(0), "{figures:#}");
+    assert_eq!(count(&figures, "/requests"), 12);
+    assert!(count(&figures, "/preemptions") > 0);
+    assert!(count(&figures, "/verified/turn_end_blocks") > 0);
+}
+
+/// What is said of arguments that cannot be served; nothing is served.
+fn refusal(args: &[&str]) -> String {
+    let output = run(args);
+    assert_eq!(output.status.code(), Some(2), "{args:?}");
+    assert!(output.stdout.is_empty());
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn what_cannot_be_served_is_refused_with_a_reason() {
+    let path = temporary("bad.jsonl");
+    let lines = long_outputs() + "{\"input_length\": 7, \"output_length\": 1}\n";
+    std::fs::write(&path, lines).expect("writable");
+    let trace = path.to_str().expect("a UTF-8 path");
+    assert!(refusal(&["--trace", trace]).contains("line 13: missing field `hash_ids`"));
+    std::fs::remove_file(&path).expect("written above");
+    assert!(refusal(&["--trace", "/no/such/trace"]).contains("/no/such/trace"));
+    assert!(refusal(&["--model", "no-such-model"]).contains("no-such-model"));
+    let small = refusal(&["--device-mem", "300KiB"]);
+    assert!(
+        small.contains("blocks, the pool has") && small.contains("give more memory"),
+        "{small}"
+    );
+    assert!(refusal(&["--device-mem", "8 apples"]).contains("8GiB"));
+    assert!(refusal(&["--verify", "1.5"]).contains("0 to 1"));
+    assert!(refusal(&["--requests", "0"]).contains("--requests"));
+    assert!(refusal(&["--layers", "99"]).contains("--layers 99"));
+    assert!(refusal(&["--fault", "explode:onboard"]).contains("the kind must be"));
+    assert!(refusal(&["--device", "tpu"]).contains("cpu, cuda:N"));
+}
