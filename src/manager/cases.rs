@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+use super::groups::align_down;
 use super::hash::BlockHash;
 use super::retention::Boundaries;
 use super::tiers::host::Offer;
@@ -108,7 +109,9 @@ fn hybrid_002_fixed_point() {
 }
 
 fn hash(name: u32) -> BlockHash {
-    Chain::new(&[0; 32], 1, KEYS).push(&[name])
+    let mut tokens = HashedTokens::new(&[0; 32], 1, KEYS);
+    tokens.push(&[name]);
+    tokens.hashes()[0]
 }
 
 fn sliding(window: usize) -> AttentionKind {
@@ -121,7 +124,7 @@ fn pool_001_free_queue() {
     // The peer's block n is our n + 1: ours has the null block in front.
     let ours = |value: &Value| numbers::<u32>(value).iter().map(|id| id + 1).collect::<Vec<_>>();
     let list = ours(&case["setup"]["free_list"]);
-    let mut pool = Pool::new(list.len() as u32 + 1, hash(0));
+    let mut pool = Pool::new(list.len() as u32 + 1);
     assert_eq!(pool.queue().collect::<Vec<_>>(), list);
     let first = pool.take().unwrap();
     assert_eq!(first as usize, number(&case["expected"]["popleft"]) + 1);
@@ -158,7 +161,7 @@ fn prefix_006_caching_disabled() {
 fn prefix_010_duplicate_hashes() {
     let case = case("prefix-010");
     let name = |name: &str| hash(u32::from(name.as_bytes()[0]));
-    let mut device = DeviceTier::new(Pool::new(5, hash(0)), 1);
+    let mut device = DeviceTier::new(Pool::new(5), 1);
     for (id, of) in case["setup"]["assign"].as_object().unwrap() {
         device.insert(0, name(of.as_str().unwrap()), 0, id.parse::<u32>().unwrap() + 1);
     }
@@ -351,28 +354,33 @@ fn hash_001_chain() {
     let case = case("hash-001");
     let all = numbers::<u32>(&case["setup"]["tokens"]);
     let size = number(&case["setup"]["block_size"]);
-    let chain = Chain::new(&[3; 32], size, KEYS);
-    let mut sequence = Sequence::new(chain, 1);
-    sequence.push(&all, size);
-    assert_eq!(sequence.hashes.len(), number(&case["expected"]["count"]));
+    let empty = HashedTokens::new(&[3; 32], size, KEYS);
+    let mut hashed = empty.clone();
+    hashed.push(&all);
+    assert_eq!(hashed.hashes().len(), number(&case["expected"]["count"]));
     // The rule, by its definition.
     let mut frames = vec![b'b', 8, 0, 0, 0, 0, 0, 0, 0];
     frames.extend((size as u64).to_le_bytes());
     frames.extend([b's', 0, 0, 0, 0, 0, 0, 0, 0, b'l', 0, 0, 0, 0, 0, 0, 0, 0]);
     let mut parent = blake3::keyed_hash(&[3; 32], &frames);
-    for (block, hash) in all.chunks(size).zip(&sequence.hashes) {
+    for (block, hash) in all.chunks(size).zip(hashed.hashes()) {
         let bytes: Vec<u8> = block.iter().flat_map(|t| t.to_le_bytes()).collect();
-        parent = blake3::keyed_hash(parent.as_bytes(), &bytes);
+        let mut key = [0; 32];
+        key[..16].copy_from_slice(&parent.as_bytes()[..16]);
+        parent = blake3::keyed_hash(&key, &bytes);
         assert_eq!(hash.as_bytes()[..], parent.as_bytes()[..16]);
     }
     // A partial block has no hash, and how the tokens came makes no difference.
-    let mut pieces = Sequence::new(chain, 1);
+    let mut pieces = empty.clone();
     for piece in all.chunks(2) {
-        pieces.push(piece, size);
+        pieces.push(piece);
     }
-    assert_eq!(pieces.hashes, sequence.hashes);
-    pieces.push(&[9, 9], size);
-    assert_eq!(pieces.hashes.len(), sequence.hashes.len());
+    assert_eq!(pieces.hashes(), hashed.hashes());
+    pieces.push(&[9, 9]);
+    assert_eq!(pieces.hashes().len(), hashed.hashes().len());
+    pieces.truncate(&all, 4);
+    pieces.push(&all[4..]);
+    assert_eq!(pieces.hashes(), hashed.hashes());
 }
 
 #[test]
@@ -399,7 +407,7 @@ impl Host {
     fn new(slots: &Value) -> Self {
         let mut events = Events::default();
         events.enabled = true;
-        Self { tier: HostTier::new(number(slots) as u32, 1, hash(0)), events }
+        Self { tier: HostTier::new(number(slots) as u32, 1), events }
     }
 
     fn store(&mut self, keys: &[u32]) -> Option<Vec<(u32, HostSlot)>> {
@@ -551,7 +559,7 @@ fn tier_003_partial_promotion() {
     complete(&mut m, &|i| good.contains(&i));
     let results: Vec<&str> = keys
         .iter()
-        .map(|&b| match m.device.find(0, &m.sequences[&3].hashes[b]) {
+        .map(|&b| match m.device.find(0, &m.sequences[&3].tokens.hashes()[b]) {
             NULL => "MISS",
             _ => "HIT",
         })

@@ -1,21 +1,46 @@
 //! Identity of cached blocks: a chain of cryptographic hashes over tokens.
 //!
-//! `h(-1) = BLAKE3(key = identity; framed extra keys)`, `h(i) = BLAKE3(key = h(i-1); tokens of block i)`,
-//! tokens as little-endian 32-bit words. Keying with the parent makes a block of 16 tokens exactly one
-//! compression, and a hash stands for all tokens up to its end, for the extra keys and for the identity.
+//! `h(-1) = BLAKE3(key = identity; framed extra keys)` and `h(i) = BLAKE3(key = h(i-1), zeros; tokens of
+//! unit i)`, each cut to 128 bits, tokens as little-endian 32-bit words. Keying with the parent makes a unit
+//! of 16 tokens exactly one compression, and a hash stands for all tokens up to its end, for the extra keys
+//! and for the identity.
 
-use std::hash::{Hash, Hasher};
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hash, Hasher};
 
 use super::ExtraKeys;
 
-/// Hash of a block and of everything before it: the first 128 bits of its chain value.
+/// Hash of a block and of everything before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockHash([u8; 16]);
 
 impl BlockHash {
+    /// Stands for no block.
+    pub(super) const NONE: Self = Self([0; 16]);
+
     /// Its bytes.
     pub fn as_bytes(&self) -> &[u8; 16] {
         &self.0
+    }
+
+    /// The hash of the unit of `tokens` that follows.
+    fn next(&self, tokens: &[u32]) -> Self {
+        let mut key = [0; 32];
+        key[..16].copy_from_slice(&self.0);
+        #[cfg(target_endian = "little")]
+        let digest = blake3::keyed_hash(&key, bytemuck::cast_slice(tokens));
+        #[cfg(target_endian = "big")]
+        let digest = {
+            let bytes: Vec<u8> = tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
+            blake3::keyed_hash(&key, &bytes)
+        };
+        Self::cut(digest)
+    }
+
+    fn cut(digest: blake3::Hash) -> Self {
+        let mut short = [0; 16];
+        short.copy_from_slice(&digest.as_bytes()[..16]);
+        Self(short)
     }
 }
 
@@ -25,11 +50,12 @@ impl Hash for BlockHash {
     }
 }
 
-/// Hasher for keys that are hashes already: takes their first eight bytes.
+/// Hasher for block hashes, which it takes as they are, and for numbers given out in sequence, which it
+/// spreads.
 #[derive(Default, Clone, Copy)]
-pub(super) struct PassThrough(u64);
+pub(super) struct CheapHasher(u64);
 
-impl Hasher for PassThrough {
+impl Hasher for CheapHasher {
     fn finish(&self) -> u64 {
         self.0
     }
@@ -40,15 +66,34 @@ impl Hasher for PassThrough {
         word[..n].copy_from_slice(&bytes[..n]);
         self.0 ^= u64::from_le_bytes(word);
     }
+
+    fn write_u64(&mut self, n: u64) {
+        // A folded multiplication by an odd constant: every bit of `n` reaches both halves of the result.
+        let product = u128::from(n ^ self.0) * 0x9E37_79B9_7F4A_7C15;
+        self.0 = product as u64 ^ (product >> 64) as u64;
+    }
 }
 
-/// The chain value after some whole number of blocks.
-#[derive(Clone, Copy)]
-pub(super) struct Chain([u8; 32]);
+/// A map with that hasher.
+pub(super) type CheapMap<K, V> = HashMap<K, V, BuildHasherDefault<CheapHasher>>;
 
-impl Chain {
-    /// The value before the first block.
-    pub fn new(identity: &[u8; 32], hash_block: usize, keys: ExtraKeys<'_>) -> Self {
+/// Tokens of a sequence, hashed: once for all lookups while it waits, and further as it grows.
+#[derive(Debug, Clone)]
+pub struct HashedTokens {
+    num_tokens: usize,
+    /// Tokens per hashed unit; 0 hashes nothing.
+    unit: usize,
+    /// What stands before the first unit.
+    seed: BlockHash,
+    /// Hashes of all full units.
+    hashes: Vec<BlockHash>,
+    /// Tokens after the last full unit.
+    tail: Vec<u32>,
+}
+
+impl HashedTokens {
+    /// No tokens yet, under an identity and extra keys.
+    pub(super) fn new(identity: &[u8; 32], unit: usize, keys: ExtraKeys<'_>) -> Self {
         let mut hasher = blake3::Hasher::new_keyed(identity);
         // Every frame is a tag, a length and that many bytes: no two different lists of keys can give
         // the same bytes.
@@ -57,24 +102,62 @@ impl Chain {
             hasher.update(&(bytes.len() as u64).to_le_bytes());
             hasher.update(bytes);
         };
-        frame(b'b', &(hash_block as u64).to_le_bytes());
+        frame(b'b', &(unit as u64).to_le_bytes());
         frame(b's', keys.salt.as_bytes());
         frame(b'l', keys.lora.as_bytes());
-        Self(*hasher.finalize().as_bytes())
+        let seed = BlockHash::cut(hasher.finalize());
+        Self { num_tokens: 0, unit, seed, hashes: Vec::new(), tail: Vec::new() }
     }
 
-    /// Steps over the tokens of one block and gives its hash.
-    pub fn push(&mut self, tokens: &[u32]) -> BlockHash {
-        #[cfg(target_endian = "little")]
-        let digest = blake3::keyed_hash(&self.0, bytemuck::cast_slice(tokens));
-        #[cfg(target_endian = "big")]
-        let digest = {
-            let bytes: Vec<u8> = tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
-            blake3::keyed_hash(&self.0, &bytes)
-        };
-        self.0 = *digest.as_bytes();
-        let mut short = [0; 16];
-        short.copy_from_slice(&self.0[..16]);
-        BlockHash(short)
+    /// Number of tokens.
+    pub fn len(&self) -> usize {
+        self.num_tokens
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.num_tokens == 0
+    }
+
+    /// Hashes of all full units.
+    pub fn hashes(&self) -> &[BlockHash] {
+        &self.hashes
+    }
+
+    /// Adds tokens.
+    pub fn push(&mut self, mut tokens: &[u32]) {
+        self.num_tokens += tokens.len();
+        if self.unit == 0 {
+            return;
+        }
+        let mut last = self.hashes.last().copied().unwrap_or(self.seed);
+        if !self.tail.is_empty() {
+            let (head, rest) = tokens.split_at(tokens.len().min(self.unit - self.tail.len()));
+            self.tail.extend_from_slice(head);
+            tokens = rest;
+            if self.tail.len() < self.unit {
+                return;
+            }
+            last = last.next(&self.tail);
+            self.hashes.push(last);
+            self.tail.clear();
+        }
+        let units = tokens.chunks_exact(self.unit);
+        self.tail.extend_from_slice(units.remainder());
+        self.hashes.reserve(units.len());
+        for unit in units {
+            last = last.next(unit);
+            self.hashes.push(last);
+        }
+    }
+
+    /// Cuts back to the first `n` of the given tokens, which are those that were pushed.
+    pub(super) fn truncate(&mut self, tokens: &[u32], n: usize) {
+        self.num_tokens = n;
+        if let Some(units) = n.checked_div(self.unit) {
+            self.hashes.truncate(units);
+            self.tail.clear();
+            self.tail.extend_from_slice(&tokens[units * self.unit..n]);
+        }
     }
 }

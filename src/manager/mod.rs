@@ -7,9 +7,12 @@
 
 #[cfg(test)]
 mod cases;
+
+mod allocate;
 mod events;
 mod groups;
 mod hash;
+mod inspect;
 mod pool;
 mod prefix;
 mod queue;
@@ -19,17 +22,15 @@ mod stats;
 mod tiers;
 mod transfer;
 
-use std::collections::HashMap;
-
 pub use self::events::{Event, EventKind, Tier};
-pub use self::hash::BlockHash;
+pub use self::hash::{BlockHash, HashedTokens};
 pub use self::stats::{Stats, TierStats, TransferStats, Usage};
 
+use self::allocate::cache;
 use self::events::Events;
-use self::groups::{Group, align_down};
-use self::hash::Chain;
+use self::groups::Group;
+use self::hash::CheapMap;
 use self::pool::{NULL, Pool};
-use self::prefix::{Found, Search};
 use self::retention::Policy;
 use self::sequence::{Row, Sequence};
 use self::tiers::device::DeviceTier;
@@ -226,7 +227,7 @@ pub struct Manager {
     hash_block: usize,
     device: DeviceTier,
     host: Option<HostTier>,
-    sequences: HashMap<SeqId, Sequence>,
+    sequences: CheapMap<SeqId, Sequence>,
     generation: u64,
     flights: Flights,
     events: Events,
@@ -274,13 +275,12 @@ impl Manager {
             ));
         }
         let groups: Vec<Group> = config.groups.iter().map(|g| Group::new(g, unit)).collect();
-        let no_hash = Chain::new(&config.identity, unit, ExtraKeys::default()).push(&[]);
         let manager = Self {
             policy: Policy { retention: config.retention, alignment },
             hash_block: if config.prefix_caching { unit } else { 0 },
-            device: DeviceTier::new(Pool::new(config.num_blocks, no_hash), groups.len()),
-            host: config.host.map(|host| HostTier::new(host.num_slots, groups.len(), no_hash)),
-            sequences: HashMap::new(),
+            device: DeviceTier::new(Pool::new(config.num_blocks), groups.len()),
+            host: config.host.map(|host| HostTier::new(host.num_slots, groups.len())),
+            sequences: CheapMap::default(),
             generation: 0,
             flights: Flights::default(),
             events: Events::default(),
@@ -294,199 +294,6 @@ impl Manager {
             return Err(Error::new(OP, ErrorKind::PoolTooSmall { tokens, needed, capacity }));
         }
         Ok(manager)
-    }
-
-    /// What it was built from.
-    pub fn config(&self) -> &ManagerConfig {
-        &self.config
-    }
-
-    /// Hits are multiples of this many tokens: the least common multiple of the block sizes.
-    pub fn alignment(&self) -> usize {
-        self.policy.alignment
-    }
-
-    /// Usable blocks of the pool.
-    pub fn capacity(&self) -> usize {
-        self.device.pool.len() - 1
-    }
-
-    /// Blocks that could be taken now, cached ones without a user included.
-    pub fn free_blocks(&self) -> usize {
-        self.device.pool.available()
-    }
-
-    /// Most blocks a request of `tokens` holds at once, over all groups, when no more than
-    /// `in_flight_tokens` are computed and not settled: the one bound of sizing and admission.
-    pub fn max_blocks(&self, tokens: usize) -> usize {
-        let in_flight = self.config.in_flight_tokens as usize;
-        self.groups.iter().map(|group| group.max_blocks(tokens, in_flight)).sum()
-    }
-
-    /// The longest prefix of `tokens` that every group could serve now (at most all but the last token).
-    pub fn lookup(&self, tokens: &[u32], keys: ExtraKeys<'_>) -> Hit {
-        let mut sequence = self.sequence(keys);
-        sequence.push(tokens, self.hash_block);
-        let found = self.search(&sequence.hashes, tokens.len());
-        Hit { tokens: found.tokens, device_tokens: found.device_tokens, blocks: found.rows }
-    }
-
-    /// Looks up and pins in one act (R1), then takes blocks for all of `tokens` plus `lookahead` slots:
-    /// everything or nothing (R6).
-    ///
-    /// # Errors
-    /// `NoFreeBlocks`, `PoolTooSmall`, `TooLong`, `DuplicateSequence`, `InvalidArgument` for no tokens;
-    /// nothing is changed.
-    pub fn allocate(
-        &mut self,
-        seq: SeqId,
-        tokens: &[u32],
-        keys: ExtraKeys<'_>,
-        lookahead: usize,
-    ) -> Result<Allocation> {
-        self.allocate_prefill(seq, tokens, tokens.len(), keys, lookahead)
-    }
-
-    /// Like [`Self::allocate`], with slots only for the hit and the next `budget` tokens of the prompt:
-    /// the first step of a chunked prefill. The rest follows by [`Self::append`], so that windowed groups
-    /// never hold the whole prompt. Retention goes by the length of the whole prompt.
-    pub fn allocate_prefill(
-        &mut self,
-        seq: SeqId,
-        prompt: &[u32],
-        budget: usize,
-        keys: ExtraKeys<'_>,
-        lookahead: usize,
-    ) -> Result<Allocation> {
-        const OP: &str = "allocate";
-        if self.sequences.contains_key(&seq) {
-            return Err(Error::new(OP, ErrorKind::DuplicateSequence(seq)));
-        }
-        if prompt.is_empty() || budget == 0 {
-            return Err(Error::invalid(OP, "a sequence needs at least one token"));
-        }
-        let max_model_len = self.config.max_model_len as usize;
-        check_length(OP, prompt.len(), max_model_len)?;
-
-        let mut sequence = self.sequence(keys);
-        sequence.push(prompt, self.hash_block);
-        let Found { tokens: hit, device_tokens, junction, rows } =
-            self.search(&sequence.hashes, prompt.len());
-        let num_tokens = prompt.len().min(hit.saturating_add(budget));
-        if num_tokens < prompt.len() {
-            sequence = self.sequence(keys);
-            sequence.push(&prompt[..num_tokens], self.hash_block);
-        }
-        let slots = num_tokens.saturating_add(lookahead).min(max_model_len);
-
-        let (mut fresh, mut held, mut unused) = (0, 0, 0);
-        for (group, row) in self.groups.iter().zip(&rows) {
-            fresh += slots.div_ceil(group.block_size) - row.len();
-            for (b, &id) in row.iter().enumerate() {
-                if id != NULL {
-                    held += 1;
-                    unused += usize::from(self.device.pool.is_available(id));
-                } else if group.needs(hit, b) {
-                    fresh += 1;
-                }
-            }
-        }
-        self.check_room(OP, slots, fresh + held, fresh + unused)?;
-
-        // R5: the hits of all groups leave the free queue before any group takes a block from it.
-        for &id in rows.iter().flatten().filter(|&&id| id != NULL) {
-            self.device.pool.touch(id);
-        }
-        let mut new_blocks = vec![Vec::new(); self.groups.len()];
-        let mut loads = Vec::new();
-        self.generation += 1;
-        sequence.generation = self.generation;
-        sequence.computed = hit;
-        sequence.settled = hit;
-        sequence.boundaries = self.policy.boundaries(prompt.len(), junction);
-        for (g, mut table) in rows.into_iter().enumerate() {
-            let group = self.groups[g];
-            for (b, entry) in table.iter_mut().enumerate() {
-                if *entry != NULL {
-                    self.device.stats[g].hit_blocks += 1;
-                } else if group.needs(hit, b) {
-                    let hash = sequence.hashes[group.key_index(b)];
-                    let Some((id, load)) = self.load(g, hash, b, (seq, sequence.generation)) else {
-                        debug_assert!(false, "room was checked, and the host found it");
-                        continue;
-                    };
-                    *entry = id;
-                    new_blocks[g].push(id);
-                    loads.push(load);
-                }
-            }
-            let row = &mut sequence.rows[g];
-            row.first_live = group.first_needed(hit);
-            row.considered = table.len();
-            row.table = table;
-        }
-        sequence.loading = loads.len();
-        let Self { groups, policy, device, events, .. } = self;
-        grow(groups, device, events, &mut sequence, slots, |g, id| new_blocks[g].push(id));
-        cache(groups, policy, device, events, &mut sequence);
-        self.sequences.insert(seq, sequence);
-
-        self.stats.allocations += 1;
-        self.stats.prompt_tokens += prompt.len() as u64;
-        self.stats.hit_tokens += hit as u64;
-        self.stats.device_hit_tokens += device_tokens as u64;
-        Ok(Allocation {
-            hit_tokens: hit,
-            device_hit_tokens: device_tokens,
-            num_tokens,
-            new_blocks,
-            loads,
-        })
-    }
-
-    /// Adds tokens to a sequence; gives the newly taken blocks per group, or changes nothing.
-    ///
-    /// # Errors
-    /// `NoFreeBlocks`, `PoolTooSmall`, `TooLong`, `UnknownSequence`, `InvalidArgument` for no tokens.
-    pub fn append(&mut self, seq: SeqId, tokens: &[u32]) -> Result<Vec<Vec<BlockId>>> {
-        let mut new_blocks = vec![Vec::new(); self.groups.len()];
-        self.append_with(seq, tokens, |g, id| new_blocks[g].push(id))?;
-        Ok(new_blocks)
-    }
-
-    /// [`Self::append`] that gives every newly taken block, with its group, to `new_block` instead of
-    /// collecting them.
-    pub fn append_with(
-        &mut self,
-        seq: SeqId,
-        tokens: &[u32],
-        new_block: impl FnMut(usize, BlockId),
-    ) -> Result<()> {
-        const OP: &str = "append";
-        let Some(sequence) = self.sequences.get(&seq) else {
-            return Err(Error::new(OP, ErrorKind::UnknownSequence(seq)));
-        };
-        if tokens.is_empty() {
-            return Err(Error::invalid(OP, "no tokens given"));
-        }
-        check_loaded(OP, seq, sequence)?;
-        let num_tokens = sequence.num_tokens + tokens.len();
-        check_length(OP, num_tokens, self.config.max_model_len as usize)?;
-        let (mut fresh, mut held) = (0, 0);
-        for (group, row) in self.groups.iter().zip(&sequence.rows) {
-            let blocks = num_tokens.div_ceil(group.block_size);
-            fresh += blocks.saturating_sub(row.table.len());
-            held += row.table.len() - row.first_live;
-        }
-        self.check_room(OP, num_tokens, fresh + held, fresh)?;
-        let Self { groups, policy, hash_block, device, sequences, events, .. } = self;
-        let Some(sequence) = sequences.get_mut(&seq) else {
-            return Err(Error::new(OP, ErrorKind::UnknownSequence(seq)));
-        };
-        sequence.push(tokens, *hash_block);
-        grow(groups, device, events, sequence, num_tokens, new_block);
-        cache(groups, policy, device, events, sequence);
-        Ok(())
     }
 
     /// Says that the work computing the first `computed` tokens has been submitted and that of the first
@@ -530,12 +337,12 @@ impl Manager {
                 ),
             ));
         }
-        if settled > computed || computed > sequence.num_tokens {
+        if settled > computed || computed > sequence.tokens.len() {
             return Err(Error::invalid(
                 OP,
                 format!(
                     "settled {settled} <= computed {computed} <= tokens {} does not hold",
-                    sequence.num_tokens
+                    sequence.tokens.len()
                 ),
             ));
         }
@@ -544,7 +351,7 @@ impl Manager {
         sequence.settled = settled;
         if sequence.repaired {
             cache(&self.groups, &self.policy, &mut self.device, &mut self.events, sequence);
-            sequence.repaired = computed < sequence.num_tokens;
+            sequence.repaired = computed < sequence.tokens.len();
         }
         if let Some(host) = &mut self.host {
             let (flights, stats) = (&mut self.flights, &mut self.stats);
@@ -580,7 +387,8 @@ impl Manager {
             for (g, (group, row)) in self.groups.iter().zip(&sequence.rows).enumerate() {
                 for b in (0..row.offered).rev() {
                     if self.policy.keeps(group, &sequence.boundaries, b)
-                        && let Some(slot) = host.find(g, &sequence.hashes[group.key_index(b)])
+                        && let Some(slot) =
+                            host.find(g, &sequence.tokens.hashes()[group.key_index(b)])
                     {
                         host.touch(slot);
                     }
@@ -612,7 +420,11 @@ impl Manager {
             }
             if let Some(host) = &mut self.host {
                 for b in unsettled..row.offered {
-                    host.discard_hash(g, &sequence.hashes[group.key_index(b)], &mut self.events);
+                    host.discard_hash(
+                        g,
+                        &sequence.tokens.hashes()[group.key_index(b)],
+                        &mut self.events,
+                    );
                 }
             }
         }
@@ -681,108 +493,6 @@ impl Manager {
         true
     }
 
-    /// Starts or stops the recording of events (off at first).
-    pub fn record_events(&mut self, on: bool) {
-        self.events.enabled = on;
-    }
-
-    /// Events since the last call, oldest first.
-    pub fn events(&mut self) -> Vec<Event> {
-        self.events.drain()
-    }
-
-    /// All counters.
-    pub fn stats(&self) -> Stats {
-        let host = self.host.as_ref().map_or(Vec::new(), |host| host.stats.clone());
-        Stats { device: self.device.stats.clone(), host, ..self.stats.clone() }
-    }
-
-    /// How full the tiers are. Looks at every block of the pool.
-    pub fn usage(&self) -> Usage {
-        let pool = &self.device.pool;
-        let mut live = vec![0; self.groups.len()];
-        for block in (1..pool.len() as BlockId).map(|id| pool.block(id)) {
-            if block.users > 0 {
-                live[block.group as usize] += 1;
-            }
-        }
-        let cached = |stats: &[TierStats]| stats.iter().map(|s| s.cached_blocks as usize).collect();
-        Usage {
-            device_capacity: self.capacity(),
-            device_free: self.free_blocks(),
-            device_live: live,
-            device_cached: cached(&self.device.stats),
-            host_capacity: self.host.as_ref().map_or(0, HostTier::capacity),
-            host_used: self.host.as_ref().map_or(0, HostTier::used),
-            host_pinned: self.host.as_ref().map_or(0, HostTier::pinned),
-            host_cached: self.host.as_ref().map_or(Vec::new(), |host| cached(&host.stats)),
-        }
-    }
-
-    /// Available blocks, the next to be reused first.
-    pub fn free_queue(&self) -> Vec<BlockId> {
-        self.device.pool.queue().collect()
-    }
-
-    /// Blocks that tables hold, with the number of tables, ascending.
-    pub fn ref_counts(&self) -> Vec<(BlockId, u32)> {
-        let pool = &self.device.pool;
-        (1..pool.len() as BlockId)
-            .map(|id| (id, pool.block(id).users))
-            .filter(|&(_, users)| users > 0)
-            .collect()
-    }
-
-    /// Indices in their sequences of all cached device blocks of a group, ascending, one per copy.
-    pub fn cached_indices(&self, group: usize) -> Vec<u32> {
-        self.device.cached_indices(group)
-    }
-
-    /// Takes a block, pins it and its copy on the host (R1), and emits the transfer that fills it.
-    fn load(
-        &mut self,
-        group: usize,
-        hash: BlockHash,
-        index: usize,
-        (seq, generation): (SeqId, u64),
-    ) -> Option<(BlockId, TransferId)> {
-        let host = self.host.as_mut()?;
-        let slot = host.find(group, &hash)?;
-        let block = self.device.take(group, &mut self.events)?;
-        host.pin(slot);
-        host.touch(slot);
-        host.stats[group].hit_blocks += 1;
-        self.device.pool.pin(block);
-        self.stats.onboards.started += 1;
-        let transfer = Transfer {
-            id: 0,
-            direction: Direction::Onboard,
-            group: group as u32,
-            block,
-            slot,
-            seq: Some(seq),
-        };
-        let id = self.flights.start(transfer, generation, hash, index);
-        Some((block, id))
-    }
-
-    fn sequence(&self, keys: ExtraKeys<'_>) -> Sequence {
-        let chain = Chain::new(&self.config.identity, self.hash_block, keys);
-        Sequence::new(chain, self.groups.len())
-    }
-
-    fn search(&self, hashes: &[BlockHash], prompt: usize) -> Found {
-        let search = Search {
-            groups: &self.groups,
-            alignment: self.policy.alignment,
-            device: &self.device,
-            host: self.host.as_ref(),
-            hashes,
-        };
-        // The last token is always computed: its output is wanted.
-        search.run((hashes.len() * self.hash_block).min(prompt.saturating_sub(1)))
-    }
-
     fn row(&self, op: &'static str, seq: SeqId, group: usize) -> Result<(&Row, &Group)> {
         let Some(sequence) = self.sequences.get(&seq) else {
             return Err(Error::new(op, ErrorKind::UnknownSequence(seq)));
@@ -793,77 +503,6 @@ impl Manager {
                 op,
                 format!("group {group} does not exist: there are {}", self.groups.len()),
             )),
-        }
-    }
-
-    /// Whether `needed` blocks can be taken for a sequence of `tokens` that then holds `held`.
-    fn check_room(
-        &mut self,
-        op: &'static str,
-        tokens: usize,
-        held: usize,
-        needed: usize,
-    ) -> Result<()> {
-        let (capacity, free) = (self.capacity(), self.free_blocks());
-        if needed <= free {
-            return Ok(());
-        }
-        self.stats.refused += 1;
-        Err(Error::new(
-            op,
-            match held > capacity {
-                true => ErrorKind::PoolTooSmall { tokens, needed: held, capacity },
-                false => ErrorKind::NoFreeBlocks { needed, free },
-            },
-        ))
-    }
-}
-
-/// Lengthens the tables to `slots` tokens. The caller has checked that there is room.
-fn grow(
-    groups: &[Group],
-    device: &mut DeviceTier,
-    events: &mut Events,
-    sequence: &mut Sequence,
-    slots: usize,
-    mut new_block: impl FnMut(usize, BlockId),
-) {
-    for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
-        let blocks = slots.div_ceil(group.block_size);
-        while row.table.len() < blocks {
-            let Some(id) = device.take(g, events) else {
-                debug_assert!(false, "room was checked");
-                return;
-            };
-            row.table.push(id);
-            new_block(g, id);
-        }
-    }
-}
-
-/// Makes the blocks findable that the sequence's tokens fill, up to the last aligned length, as far as
-/// they are worth caching. A sequence that waits for loads publishes nothing: until they have ended it is
-/// not known which tokens it will compute.
-fn cache(
-    groups: &[Group],
-    policy: &Policy,
-    device: &mut DeviceTier,
-    events: &mut Events,
-    sequence: &mut Sequence,
-) {
-    if sequence.hashes.is_empty() || sequence.loading > 0 {
-        return;
-    }
-    let tokens = if sequence.repaired { sequence.computed } else { sequence.num_tokens };
-    let end = align_down(tokens, policy.alignment);
-    for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
-        let considered = std::mem::replace(&mut row.considered, end / group.block_size);
-        for b in considered..row.considered {
-            let id = row.table[b];
-            if id != NULL && policy.keeps(group, &sequence.boundaries, b) {
-                device.insert(g, sequence.hashes[group.key_index(b)], b, id);
-                events.push(EventKind::Stored, g as u32, Tier::Device, b as u32);
-            }
         }
     }
 }
@@ -906,13 +545,6 @@ fn check_loaded(op: &'static str, seq: SeqId, sequence: &Sequence) -> Result<()>
     match sequence.loading {
         0 => Ok(()),
         n => Err(Error::invalid(op, format!("sequence {seq} still waits for {n} load(s)"))),
-    }
-}
-
-fn check_length(op: &'static str, tokens: usize, max_model_len: usize) -> Result<()> {
-    match tokens > max_model_len {
-        true => Err(Error::new(op, ErrorKind::TooLong { tokens, max_model_len })),
-        false => Ok(()),
     }
 }
 

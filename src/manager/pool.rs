@@ -40,10 +40,10 @@ pub(super) struct Pool {
 impl Pool {
     /// A pool of `num_blocks` (at least 1), the null block included; all others queued in ascending
     /// order.
-    pub fn new(num_blocks: u32, no_hash: BlockHash) -> Self {
+    pub fn new(num_blocks: u32) -> Self {
         let blocks = (0..num_blocks)
             .map(|id| Block {
-                hash: no_hash,
+                hash: BlockHash::NONE,
                 twin_prev: id,
                 twin_next: id,
                 users: 0,

@@ -89,8 +89,7 @@ impl Search<'_> {
             let end = tokens / group.block_size;
             rows[g].resize(end, NULL);
             if group.kind != AttentionKind::Full {
-                let first = group.first_needed(tokens);
-                for b in (0..group.sink_blocks.min(end).min(first)).chain(first..end) {
+                for b in group.needed(tokens) {
                     rows[g][b] = self.on_device(g, b);
                 }
             }

@@ -1,7 +1,7 @@
 //! Transfers between the tiers: what is offered to the host, what is loaded from it, and what their
 //! completions change.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
 use super::events::{EventKind, Tier};
 use super::groups::align_down;
@@ -32,7 +32,7 @@ pub(super) struct Flight {
 pub(super) struct Flights {
     next: TransferId,
     outbox: VecDeque<TransferId>,
-    flying: HashMap<TransferId, Flight>,
+    flying: CheapMap<TransferId, Flight>,
 }
 
 impl Flights {
@@ -203,7 +203,7 @@ pub(super) fn offer(
             offers.clear();
             offers.extend(
                 (row.offered..end).filter(|&b| device.pool.block(row.table[b]).cached).map(|b| {
-                    let hash = sequence.hashes[group.key_index(b)];
+                    let hash = sequence.tokens.hashes()[group.key_index(b)];
                     Offer { group: g, hash, index: b as u32 }
                 }),
             );

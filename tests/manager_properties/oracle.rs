@@ -208,8 +208,8 @@ impl Oracle {
             self.queue.retain(|&queued| queued != id);
         }
         let mut new_blocks = Vec::new();
-        for g in 0..n {
-            let taken = self.take(fresh[g]);
+        for (g, fresh) in fresh.into_iter().enumerate() {
+            let taken = self.take(fresh);
             sequence.tables[g].extend(&taken);
             new_blocks.push(taken);
         }

@@ -41,9 +41,10 @@ impl Group {
         (self.kind.skipped(n as u64) as usize) / self.block_size
     }
 
-    /// Whether a prefix of `tokens` needs block `b` (which lies before its end).
-    pub fn needs(&self, tokens: usize, b: usize) -> bool {
-        b < self.sink_blocks || b >= self.first_needed(tokens)
+    /// Blocks that a prefix of `tokens`, whole blocks, needs, ascending.
+    pub fn needed(&self, tokens: usize) -> impl Iterator<Item = usize> + use<> {
+        let (first, end) = (self.first_needed(tokens), tokens / self.block_size);
+        (0..self.sink_blocks.min(first).min(end)).chain(first..end)
     }
 
     /// The longest prefix, a multiple of `alignment` and at most `limit` (one, too), whose needed blocks

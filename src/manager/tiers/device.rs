@@ -1,16 +1,13 @@
 //! The device tier: the pool and, per layer group, the index from hash to block.
 
-use std::collections::HashMap;
-use std::hash::BuildHasherDefault;
-
 use super::super::BlockId;
 use super::super::events::{EventKind, Events, Tier};
-use super::super::hash::{BlockHash, PassThrough};
+use super::super::hash::{BlockHash, CheapMap};
 use super::super::pool::{NULL, Pool};
 use super::super::stats::TierStats;
 
 /// From hash to something, for one layer group: the key of a cached block is its hash and its group.
-pub(super) type Index<V> = HashMap<BlockHash, V, BuildHasherDefault<PassThrough>>;
+pub(super) type Index<V> = CheapMap<BlockHash, V>;
 
 /// Pool and prefix index.
 pub(in super::super) struct DeviceTier {

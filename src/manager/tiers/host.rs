@@ -52,8 +52,8 @@ pub(in super::super) struct HostTier {
 }
 
 impl HostTier {
-    pub fn new(num_slots: u32, num_groups: usize, no_hash: BlockHash) -> Self {
-        let slot = Slot { hash: no_hash, index: 0, group: 0, state: State::Free, pins: 0 };
+    pub fn new(num_slots: u32, num_groups: usize) -> Self {
+        let slot = Slot { hash: BlockHash::NONE, index: 0, group: 0, state: State::Free, pins: 0 };
         Self {
             slots: vec![slot; num_slots as usize],
             index: vec![Index::default(); num_groups],

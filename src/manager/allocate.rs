@@ -1,0 +1,351 @@
+//! Lookup, allocation and growth of sequences: what is found is pinned, what is missing is taken, and what
+//! the tokens fill becomes findable.
+
+use super::groups::align_down;
+use super::pool::NULL;
+use super::prefix::{Found, Search};
+use super::sequence::Row;
+use super::*;
+
+impl Manager {
+    /// The longest prefix of `tokens` that every group could serve now (at most all but the last token).
+    pub fn lookup(&self, tokens: &[u32], keys: ExtraKeys<'_>) -> Hit {
+        self.lookup_hashed(&self.hash(tokens, keys))
+    }
+
+    /// Looks up and pins in one act (R1), then takes blocks for all of `tokens` plus `lookahead` slots:
+    /// everything or nothing (R6).
+    ///
+    /// # Errors
+    /// `NoFreeBlocks`, `PoolTooSmall`, `TooLong`, `DuplicateSequence`, `InvalidArgument` for no tokens;
+    /// nothing is changed.
+    pub fn allocate(
+        &mut self,
+        seq: SeqId,
+        tokens: &[u32],
+        keys: ExtraKeys<'_>,
+        lookahead: usize,
+    ) -> Result<Allocation> {
+        self.allocate_prefill(seq, tokens, tokens.len(), keys, lookahead)
+    }
+
+    /// Like [`Self::allocate`], with slots only for the hit and the next `budget` tokens of the prompt:
+    /// the first step of a chunked prefill. The rest follows by [`Self::append`], so that windowed groups
+    /// never hold the whole prompt. Retention goes by the length of the whole prompt.
+    pub fn allocate_prefill(
+        &mut self,
+        seq: SeqId,
+        prompt: &[u32],
+        budget: usize,
+        keys: ExtraKeys<'_>,
+        lookahead: usize,
+    ) -> Result<Allocation> {
+        const OP: &str = "allocate";
+        if budget == 0 {
+            return Err(Error::invalid(OP, "a budget of no tokens"));
+        }
+        // Before the hashing, which a refusal can do without.
+        self.check_new(OP, seq, prompt.len())?;
+        let mut tokens = self.hash(prompt, keys);
+        let found = self.search(&tokens);
+        let num_tokens = prompt.len().min(found.tokens.saturating_add(budget));
+        if num_tokens < prompt.len() {
+            tokens.truncate(prompt, num_tokens);
+        }
+        self.place(OP, seq, tokens, prompt.len(), found, lookahead)
+    }
+
+    /// Hashes tokens, for lookups and allocations to come.
+    pub fn hash(&self, tokens: &[u32], keys: ExtraKeys<'_>) -> HashedTokens {
+        let mut hashed = HashedTokens::new(&self.config.identity, self.hash_block, keys);
+        hashed.push(tokens);
+        hashed
+    }
+
+    /// [`Self::lookup`] with hashes from [`Self::hash`].
+    pub fn lookup_hashed(&self, tokens: &HashedTokens) -> Hit {
+        let found = self.search(tokens);
+        Hit { tokens: found.tokens, device_tokens: found.device_tokens, blocks: found.rows }
+    }
+
+    /// [`Self::allocate`] with hashes from [`Self::hash`].
+    ///
+    /// # Errors
+    /// Those of [`Self::allocate`].
+    pub fn allocate_hashed(
+        &mut self,
+        seq: SeqId,
+        tokens: HashedTokens,
+        lookahead: usize,
+    ) -> Result<Allocation> {
+        const OP: &str = "allocate";
+        self.check_new(OP, seq, tokens.len())?;
+        let found = self.search(&tokens);
+        let prompt = tokens.len();
+        self.place(OP, seq, tokens, prompt, found, lookahead)
+    }
+
+    /// Whether a sequence of this name and length can be.
+    fn check_new(&self, op: &'static str, seq: SeqId, tokens: usize) -> Result<()> {
+        if self.sequences.contains_key(&seq) {
+            return Err(Error::new(op, ErrorKind::DuplicateSequence(seq)));
+        }
+        if tokens == 0 {
+            return Err(Error::invalid(op, "a sequence needs at least one token"));
+        }
+        check_length(op, tokens, self.config.max_model_len as usize)
+    }
+
+    /// The joint hit of a prompt.
+    fn search(&self, tokens: &HashedTokens) -> Found {
+        let search = Search {
+            groups: &self.groups,
+            alignment: self.policy.alignment,
+            device: &self.device,
+            host: self.host.as_ref(),
+            hashes: tokens.hashes(),
+        };
+        // The last token is always computed: its output is wanted.
+        search.run((tokens.hashes().len() * self.hash_block).min(tokens.len().saturating_sub(1)))
+    }
+
+    /// Makes a sequence of what was found and of new blocks for the rest of its tokens.
+    fn place(
+        &mut self,
+        op: &'static str,
+        seq: SeqId,
+        tokens: HashedTokens,
+        prompt: usize,
+        found: Found,
+        lookahead: usize,
+    ) -> Result<Allocation> {
+        let Found { tokens: hit, device_tokens, junction, rows } = found;
+        let num_tokens = tokens.len();
+        let max_model_len = self.config.max_model_len as usize;
+        let slots = num_tokens.saturating_add(lookahead).min(max_model_len);
+
+        let (mut fresh, mut held, mut unused) = (0, 0, 0);
+        for (group, row) in self.groups.iter().zip(&rows) {
+            fresh += slots.div_ceil(group.block_size) - row.len();
+            for id in group.needed(hit).map(|b| row[b]) {
+                if id == NULL {
+                    fresh += 1;
+                } else {
+                    held += 1;
+                    unused += usize::from(self.device.pool.is_available(id));
+                }
+            }
+        }
+        let needed = fresh + unused;
+        check_room(op, &self.device.pool, &mut self.stats, slots, fresh + held, needed)?;
+
+        // R5: the hits of all groups leave the free queue before any group takes a block from it.
+        for (group, row) in self.groups.iter().zip(&rows) {
+            for id in group.needed(hit).map(|b| row[b]).filter(|&id| id != NULL) {
+                self.device.pool.touch(id);
+            }
+        }
+        let mut new_blocks = vec![Vec::new(); self.groups.len()];
+        let mut loads = Vec::new();
+        self.generation += 1;
+        let generation = self.generation;
+        let mut tables = Vec::with_capacity(rows.len());
+        for (g, mut table) in rows.into_iter().enumerate() {
+            let group = self.groups[g];
+            let mut hits = 0;
+            for b in group.needed(hit) {
+                if table[b] != NULL {
+                    hits += 1;
+                    continue;
+                }
+                let hash = tokens.hashes()[group.key_index(b)];
+                let Some((id, load)) = self.load(g, hash, b, (seq, generation)) else {
+                    debug_assert!(false, "room was checked, and the host found it");
+                    continue;
+                };
+                table[b] = id;
+                new_blocks[g].push(id);
+                loads.push(load);
+            }
+            self.device.stats[g].hit_blocks += hits;
+            let (first_live, considered) = (group.first_needed(hit), table.len());
+            tables.push(Row { table, first_live, considered, offered: 0 });
+        }
+        let mut sequence = Sequence {
+            tokens,
+            computed: hit,
+            settled: hit,
+            rows: tables,
+            boundaries: self.policy.boundaries(prompt, junction),
+            generation,
+            loading: loads.len(),
+            lost: Vec::new(),
+            repaired: false,
+        };
+        let Self { groups, policy, device, events, .. } = self;
+        grow(groups, device, events, &mut sequence, slots, |g, id| new_blocks[g].push(id));
+        cache(groups, policy, device, events, &mut sequence);
+        self.sequences.insert(seq, sequence);
+
+        self.stats.allocations += 1;
+        self.stats.prompt_tokens += prompt as u64;
+        self.stats.hit_tokens += hit as u64;
+        self.stats.device_hit_tokens += device_tokens as u64;
+        Ok(Allocation {
+            hit_tokens: hit,
+            device_hit_tokens: device_tokens,
+            num_tokens,
+            new_blocks,
+            loads,
+        })
+    }
+
+    /// Adds tokens to a sequence; gives the newly taken blocks per group, or changes nothing.
+    ///
+    /// # Errors
+    /// `NoFreeBlocks`, `PoolTooSmall`, `TooLong`, `UnknownSequence`, `InvalidArgument` for no tokens.
+    pub fn append(&mut self, seq: SeqId, tokens: &[u32]) -> Result<Vec<Vec<BlockId>>> {
+        let mut new_blocks = vec![Vec::new(); self.groups.len()];
+        self.append_with(seq, tokens, |g, id| new_blocks[g].push(id))?;
+        Ok(new_blocks)
+    }
+
+    /// [`Self::append`] that gives every newly taken block, with its group, to `new_block` instead of
+    /// collecting them.
+    pub fn append_with(
+        &mut self,
+        seq: SeqId,
+        tokens: &[u32],
+        new_block: impl FnMut(usize, BlockId),
+    ) -> Result<()> {
+        const OP: &str = "append";
+        let Self { config, groups, policy, device, sequences, events, stats, .. } = self;
+        let Some(sequence) = sequences.get_mut(&seq) else {
+            return Err(Error::new(OP, ErrorKind::UnknownSequence(seq)));
+        };
+        if tokens.is_empty() {
+            return Err(Error::invalid(OP, "no tokens given"));
+        }
+        check_loaded(OP, seq, sequence)?;
+        let num_tokens = sequence.tokens.len() + tokens.len();
+        check_length(OP, num_tokens, config.max_model_len as usize)?;
+        let (mut fresh, mut held) = (0, 0);
+        for (group, row) in groups.iter().zip(&sequence.rows) {
+            let blocks = num_tokens.div_ceil(group.block_size);
+            fresh += blocks.saturating_sub(row.table.len());
+            held += row.table.len() - row.first_live;
+        }
+        check_room(OP, &device.pool, stats, num_tokens, fresh + held, fresh)?;
+        sequence.tokens.push(tokens);
+        grow(groups, device, events, sequence, num_tokens, new_block);
+        cache(groups, policy, device, events, sequence);
+        Ok(())
+    }
+
+    /// Takes a block, pins it and its copy on the host (R1), and emits the transfer that fills it.
+    fn load(
+        &mut self,
+        group: usize,
+        hash: BlockHash,
+        index: usize,
+        (seq, generation): (SeqId, u64),
+    ) -> Option<(BlockId, TransferId)> {
+        let host = self.host.as_mut()?;
+        let slot = host.find(group, &hash)?;
+        let block = self.device.take(group, &mut self.events)?;
+        host.pin(slot);
+        host.touch(slot);
+        host.stats[group].hit_blocks += 1;
+        self.device.pool.pin(block);
+        self.stats.onboards.started += 1;
+        let transfer = Transfer {
+            id: 0,
+            direction: Direction::Onboard,
+            group: group as u32,
+            block,
+            slot,
+            seq: Some(seq),
+        };
+        let id = self.flights.start(transfer, generation, hash, index);
+        Some((block, id))
+    }
+}
+
+/// Whether `needed` blocks can be taken for a sequence of `tokens` that then holds `held`.
+fn check_room(
+    op: &'static str,
+    pool: &Pool,
+    stats: &mut Stats,
+    tokens: usize,
+    held: usize,
+    needed: usize,
+) -> Result<()> {
+    let (capacity, free) = (pool.len() - 1, pool.available());
+    if needed <= free {
+        return Ok(());
+    }
+    stats.refused += 1;
+    Err(Error::new(
+        op,
+        match held > capacity {
+            true => ErrorKind::PoolTooSmall { tokens, needed: held, capacity },
+            false => ErrorKind::NoFreeBlocks { needed, free },
+        },
+    ))
+}
+
+/// Lengthens the tables to `slots` tokens. The caller has checked that there is room.
+fn grow(
+    groups: &[Group],
+    device: &mut DeviceTier,
+    events: &mut Events,
+    sequence: &mut Sequence,
+    slots: usize,
+    mut new_block: impl FnMut(usize, BlockId),
+) {
+    for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
+        let blocks = slots.div_ceil(group.block_size);
+        while row.table.len() < blocks {
+            let Some(id) = device.take(g, events) else {
+                debug_assert!(false, "room was checked");
+                return;
+            };
+            row.table.push(id);
+            new_block(g, id);
+        }
+    }
+}
+
+/// Makes the blocks findable that the sequence's tokens fill, up to the last aligned length, as far as
+/// they are worth caching. A sequence that waits for loads publishes nothing: until they have ended it is
+/// not known which tokens it will compute.
+pub(super) fn cache(
+    groups: &[Group],
+    policy: &Policy,
+    device: &mut DeviceTier,
+    events: &mut Events,
+    sequence: &mut Sequence,
+) {
+    if sequence.tokens.hashes().is_empty() || sequence.loading > 0 {
+        return;
+    }
+    let tokens = if sequence.repaired { sequence.computed } else { sequence.tokens.len() };
+    let end = align_down(tokens, policy.alignment);
+    for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
+        let considered = std::mem::replace(&mut row.considered, end / group.block_size);
+        for b in considered..row.considered {
+            let id = row.table[b];
+            if id != NULL && policy.keeps(group, &sequence.boundaries, b) {
+                device.insert(g, sequence.tokens.hashes()[group.key_index(b)], b, id);
+                events.push(EventKind::Stored, g as u32, Tier::Device, b as u32);
+            }
+        }
+    }
+}
+
+fn check_length(op: &'static str, tokens: usize, max_model_len: usize) -> Result<()> {
+    match tokens > max_model_len {
+        true => Err(Error::new(op, ErrorKind::TooLong { tokens, max_model_len })),
+        false => Ok(()),
+    }
+}

@@ -1,0 +1,89 @@
+//! What can be seen of a manager: sizes, counters, events, and the state behind them.
+
+use super::*;
+
+impl Manager {
+    /// What it was built from.
+    pub fn config(&self) -> &ManagerConfig {
+        &self.config
+    }
+
+    /// Hits are multiples of this many tokens: the least common multiple of the block sizes.
+    pub fn alignment(&self) -> usize {
+        self.policy.alignment
+    }
+
+    /// Usable blocks of the pool.
+    pub fn capacity(&self) -> usize {
+        self.device.pool.len() - 1
+    }
+
+    /// Blocks that could be taken now, cached ones without a user included.
+    pub fn free_blocks(&self) -> usize {
+        self.device.pool.available()
+    }
+
+    /// Most blocks a request of `tokens` holds at once, over all groups, when no more than
+    /// `in_flight_tokens` are computed and not settled: the one bound of sizing and admission.
+    pub fn max_blocks(&self, tokens: usize) -> usize {
+        let in_flight = self.config.in_flight_tokens as usize;
+        self.groups.iter().map(|group| group.max_blocks(tokens, in_flight)).sum()
+    }
+
+    /// Starts or stops the recording of events (off at first).
+    pub fn record_events(&mut self, on: bool) {
+        self.events.enabled = on;
+    }
+
+    /// Events since the last call, oldest first.
+    pub fn events(&mut self) -> Vec<Event> {
+        self.events.drain()
+    }
+
+    /// All counters.
+    pub fn stats(&self) -> Stats {
+        let host = self.host.as_ref().map_or(Vec::new(), |host| host.stats.clone());
+        Stats { device: self.device.stats.clone(), host, ..self.stats.clone() }
+    }
+
+    /// How full the tiers are. Looks at every block of the pool.
+    pub fn usage(&self) -> Usage {
+        let pool = &self.device.pool;
+        let mut live = vec![0; self.groups.len()];
+        for block in (1..pool.len() as BlockId).map(|id| pool.block(id)) {
+            if block.users > 0 {
+                live[block.group as usize] += 1;
+            }
+        }
+        let cached = |stats: &[TierStats]| stats.iter().map(|s| s.cached_blocks as usize).collect();
+        Usage {
+            device_capacity: self.capacity(),
+            device_free: self.free_blocks(),
+            device_live: live,
+            device_cached: cached(&self.device.stats),
+            host_capacity: self.host.as_ref().map_or(0, HostTier::capacity),
+            host_used: self.host.as_ref().map_or(0, HostTier::used),
+            host_pinned: self.host.as_ref().map_or(0, HostTier::pinned),
+            host_cached: self.host.as_ref().map_or(Vec::new(), |host| cached(&host.stats)),
+        }
+    }
+
+    /// Available blocks, the next to be reused first.
+    pub fn free_queue(&self) -> Vec<BlockId> {
+        self.device.pool.queue().collect()
+    }
+
+    /// Blocks that tables hold, with the number of tables, ascending.
+    pub fn ref_counts(&self) -> Vec<(BlockId, u32)> {
+        let pool = &self.device.pool;
+        (1..pool.len() as BlockId)
+            .map(|id| (id, pool.block(id).users))
+            .filter(|&(_, users)| users > 0)
+            .collect()
+    }
+
+    /// Indices in their sequences of all cached device blocks of a group, ascending, one per copy.
+    pub fn cached_indices(&self, group: usize) -> Vec<u32> {
+        self.device.cached_indices(group)
+    }
+}
