@@ -142,8 +142,9 @@ pub struct Comparison {
 }
 
 /// Compares rows of `row_len` elements. Elements that are NaN, or the same infinity, on both sides are
-/// equal; where only one side is, they are counted as misplaced and left out of the errors.
-pub fn compare(ours: &[f64], reference: &[f64], row_len: usize) -> Comparison {
+/// equal; where only one side is, they are counted as misplaced and left out of the errors. Differences up
+/// to `floor`, what the type of `ours` cannot tell from 0, are none.
+pub fn compare(ours: &[f64], reference: &[f64], row_len: usize, floor: f64) -> Comparison {
     let mut total = Sums::default();
     let mut result = Comparison {
         relative: 0.0,
@@ -159,6 +160,7 @@ pub fn compare(ours: &[f64], reference: &[f64], row_len: usize) -> Comparison {
         let mut row = Sums::default();
         for (&x, &y) in ours.iter().zip(reference) {
             if x.is_finite() && y.is_finite() {
+                let x = if (x - y).abs() <= floor { y } else { x };
                 row.add(x, y);
                 result.max_abs = result.max_abs.max((x - y).abs());
             } else if !(x.is_nan() && y.is_nan() || x == y) {

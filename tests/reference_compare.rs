@@ -18,12 +18,12 @@ fn array() -> Vec<f64> {
 }
 
 fn verdict(ours: &[f64]) -> Option<String> {
-    TOLERANCE.violation(&compare(ours, &array(), 16))
+    TOLERANCE.violation(&compare(ours, &array(), 16, 0.0))
 }
 
 #[test]
 fn equal_arrays_have_no_error() {
-    let c = compare(&array(), &array(), 16);
+    let c = compare(&array(), &array(), 16, 0.0);
     assert_eq!(Tolerance::EXACT.violation(&c), None);
     assert_eq!((c.relative, c.worst_row, c.max_abs, c.misplaced), (0.0, 0.0, 0.0, 0));
     assert_eq!(c.elements, 1024);
@@ -33,11 +33,15 @@ fn equal_arrays_have_no_error() {
 #[test]
 fn errors_are_what_they_are_called() {
     let scaled: Vec<f64> = array().iter().map(|x| x * 1.01).collect();
-    let c = compare(&scaled, &array(), 16);
+    let c = compare(&scaled, &array(), 16, 0.0);
     assert_relative_eq!(c.relative, 0.01, max_relative = 1e-9);
     assert_relative_eq!(c.worst_row, 0.01, max_relative = 1e-9);
     let opposite: Vec<f64> = array().iter().map(|x| -x).collect();
-    assert_relative_eq!(compare(&opposite, &array(), 16).cosine_distance, 2.0, epsilon = 1e-12);
+    assert_relative_eq!(
+        compare(&opposite, &array(), 16, 0.0).cosine_distance,
+        2.0,
+        epsilon = 1e-12
+    );
 }
 
 #[test]
@@ -58,11 +62,11 @@ fn infinities_must_be_in_place() {
     let mut reference = array();
     reference[5] = f64::NEG_INFINITY;
     let mut ours = reference.clone();
-    assert_eq!(TOLERANCE.violation(&compare(&ours, &reference, 16)), None);
+    assert_eq!(TOLERANCE.violation(&compare(&ours, &reference, 16, 0.0)), None);
     ours[5] = f64::INFINITY;
-    assert_eq!(compare(&ours, &reference, 16).misplaced, 1);
+    assert_eq!(compare(&ours, &reference, 16, 0.0).misplaced, 1);
     ours[5] = -1e30;
-    assert_eq!(compare(&ours, &reference, 16).misplaced, 1);
+    assert_eq!(compare(&ours, &reference, 16, 0.0).misplaced, 1);
 }
 
 #[test]
@@ -73,7 +77,7 @@ fn one_wrong_row_is_not_drowned() {
         *x *= 1.02;
     }
     let loose = Tolerance { relative: 1.0, max_abs: 1.0, cosine_distance: 1.0, ..TOLERANCE };
-    let c = compare(&ours, &array(), 16);
+    let c = compare(&ours, &array(), 16, 0.0);
     assert_eq!(c.worst_row_index, 48);
     assert!(loose.violation(&c).unwrap().contains("row 48"));
 }
@@ -95,10 +99,18 @@ fn missing_elements_fail() {
 #[test]
 fn zeros_against_zeros_and_against_something() {
     let zeros = vec![0.0; 16];
-    let c = compare(&zeros, &zeros, 16);
+    let c = compare(&zeros, &zeros, 16, 0.0);
     assert_eq!(Tolerance::EXACT.violation(&c), None);
     let mut ours = zeros.clone();
     ours[3] = 1e-30;
-    assert!(TOLERANCE.violation(&compare(&ours, &zeros, 16)).is_some());
+    assert!(TOLERANCE.violation(&compare(&ours, &zeros, 16, 0.0)).is_some());
     assert!(verdict(&[0.0; 1024]).is_some());
+}
+
+#[test]
+fn differences_below_the_floor_are_none() {
+    // A row that rounds to 0 in the type is no error; one just above the floor is.
+    let tiny = [3e-8; 16];
+    assert_eq!(TOLERANCE.violation(&compare(&[0.0; 16], &tiny, 16, 4e-8)), None);
+    assert!(TOLERANCE.violation(&compare(&[0.0; 16], &tiny, 16, 2e-8)).is_some());
 }

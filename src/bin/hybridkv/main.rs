@@ -2,6 +2,7 @@
 
 mod bench;
 mod plan;
+mod random;
 mod report;
 mod run;
 mod validate;

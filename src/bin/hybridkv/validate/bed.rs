@@ -1,0 +1,158 @@
+//! What every suite needs: the device under test, guarded memory, encoded elements, verdicts.
+
+use half::{bf16, f16};
+use hybridkv::device::{Device, DeviceBuffer, Stream};
+use hybridkv::error::Result;
+use hybridkv::layout::Dtype;
+use hybridkv::ops::Kernels;
+use hybridkv::reference::{Comparison, Tolerance};
+
+/// The device under test and its kernels.
+pub struct Bed {
+    /// Where everything runs.
+    pub device: Device,
+    /// What is tested.
+    pub kernels: Kernels,
+    /// Where it is submitted.
+    pub stream: Stream,
+    /// Damage done on purpose to what the kernels are given, to see that the checks notice.
+    pub fault: Option<Fault>,
+}
+
+/// Damage to the inputs of a kernel that its reference does not get.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Fault {
+    /// The window or chunk is one token larger.
+    Window,
+    /// Two entries of the block table, the list of slots or the descriptors are swapped.
+    Swap,
+    /// One token, state or fragment is left out: its output stays unwritten.
+    Skip,
+    /// One sequence is a token longer; one state weighs more.
+    Length,
+    /// A NaN stands where a key, a value or a source is.
+    Nan,
+    /// One element beside the output is overwritten.
+    Stray,
+}
+
+/// How one case went.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Errors by name: `relative`, `worst_row`, `max_abs`, `cosine`, `lse`.
+    pub errors: Vec<(&'static str, f64)>,
+    /// The bound of `relative` (0: bit-exact).
+    pub tolerance: f64,
+    /// What is wrong, when something is.
+    pub failure: Option<String>,
+}
+
+impl Outcome {
+    /// Notes a failure; the first one is kept.
+    pub fn fail(&mut self, message: impl Into<String>) {
+        self.failure.get_or_insert_with(|| message.into());
+    }
+
+    /// Notes errors and whether they are within the tolerance; keeps the worse of two.
+    pub fn judge(&mut self, what: &str, comparison: &Comparison, tolerance: &Tolerance) {
+        self.tolerance = tolerance.relative;
+        for (name, value) in [
+            ("relative", comparison.relative),
+            ("worst_row", comparison.worst_row),
+            ("max_abs", comparison.max_abs),
+            ("cosine", comparison.cosine_distance),
+        ] {
+            self.note(name, value);
+        }
+        if let Some(violation) = tolerance.violation(comparison) {
+            self.fail(format!("{what}: {violation}"));
+        }
+    }
+
+    /// Notes an error; keeps the worse of two of a name.
+    pub fn note(&mut self, name: &'static str, value: f64) {
+        match self.errors.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, worst)) => *worst = worst.max(value),
+            None => self.errors.push((name, value)),
+        }
+    }
+}
+
+/// What attention outputs of this type may differ from the reference, on logits of ordinary size.
+pub fn tolerance(dtype: Dtype) -> Tolerance {
+    // P and O are rounded to the type; a row of a few keys shows that rounding undiluted.
+    let relative = match dtype {
+        Dtype::Bf16 => 4e-3,
+        Dtype::F16 => 5e-4,
+        Dtype::F32 => 1e-5,
+    };
+    Tolerance {
+        relative,
+        worst_row: 4.0 * relative,
+        max_abs: f64::INFINITY,
+        cosine_distance: relative * relative,
+    }
+}
+
+/// The largest value that the type, subnormals flushed in bf16 and f32, may show as 0.
+pub fn floor(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::F16 => 2f64.powi(-25),
+        Dtype::Bf16 | Dtype::F32 => 2f64.powi(-126),
+    }
+}
+
+/// Largest error of an LSE.
+pub const LSE_TOLERANCE: f64 = 1e-3;
+
+/// A NaN in bf16, f16 and, doubled, in f32: what is neither written nor visible.
+pub const POISON: u16 = 0xffa5;
+/// The same for 32-bit outputs.
+pub const POISON_F32: u32 = 0xffa5_a5a5;
+/// Elements before and after an output that must stay as they are; keeps 256-byte alignment.
+pub const GUARD: usize = 256;
+
+/// The nearest value of the type.
+pub fn encode(dtype: Dtype, value: f32) -> u16 {
+    match dtype {
+        Dtype::F16 => f16::from_f32(value).to_bits(),
+        _ => bf16::from_f32(value).to_bits(),
+    }
+}
+
+/// The value of an element.
+pub fn decode(dtype: Dtype, bits: u16) -> f64 {
+    match dtype {
+        Dtype::F16 => f16::from_bits(bits).to_f64(),
+        _ => bf16::from_bits(bits).to_f64(),
+    }
+}
+
+impl Bed {
+    /// Writes an array from the start of a device buffer on and waits until it is there.
+    pub fn write<T: bytemuck::Pod>(&self, buffer: &DeviceBuffer, data: &[T]) -> Result<()> {
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        assert!(bytes.len() <= buffer.len(), "{} bytes into {}", bytes.len(), buffer.len());
+        let mut staging = self.device.alloc_pinned(bytes.len())?;
+        staging.as_mut_slice().copy_from_slice(bytes);
+        // SAFETY: both buffers live until the stream has passed the copy, and it is waited for.
+        unsafe {
+            self.stream.as_ref().copy(staging.address(), buffer.address(), bytes.len())?;
+        }
+        self.stream.as_ref().synchronize()
+    }
+
+    /// Device memory for `elements` values of `T`, uninitialised.
+    pub fn room<T>(&self, elements: usize) -> Result<DeviceBuffer> {
+        self.device.alloc(elements * size_of::<T>())
+    }
+}
+
+/// The first element at which `after` differs from `before` beside the elements that `written` allows.
+pub fn stray<T: PartialEq>(
+    before: &[T],
+    after: &[T],
+    written: impl Fn(usize) -> bool,
+) -> Option<usize> {
+    (0..before.len()).find(|&i| before[i] != after[i] && !written(i))
+}

@@ -1,0 +1,470 @@
+//! Attention over millions of tokens, large batches, and pools of more than 2^32 elements.
+//!
+//! What makes it cheap to check: sequences are long, memory is not. A pool of a few thousand tokens is
+//! listed over and over in the block tables, so that the reference has to look at every distinct key once
+//! and weigh it by how often it is visible: `n` equal keys are one key whose LSE is larger by `ln n`.
+
+use std::collections::BTreeMap;
+
+use hybridkv::abi::{self, hkv_window};
+use hybridkv::device::Span;
+use hybridkv::error::Result;
+use hybridkv::layout::{Dtype, KvShape, KvStrides, KvView};
+use hybridkv::ops::{AttentionArgs, BlockTables, HeadStrides, WindowTable};
+use hybridkv::reference::{self, Logits, State};
+use hybridkv::spec::AttentionKind::{self, Chunked, Full, Sliding};
+
+use super::attention::in_parallel;
+use super::bed::{Bed, Fault, LSE_TOLERANCE, Outcome, POISON, decode, encode, floor, tolerance};
+use super::case::{Data, Seq};
+use crate::random::Rng;
+
+/// One large case; `head_dim` is 128.
+pub struct Case {
+    /// Its name.
+    pub name: &'static str,
+    dtype: Dtype,
+    heads: (usize, usize),
+    block_size: usize,
+    kind: AttentionKind,
+    data: Data,
+    /// Sequences: how many, new tokens, tokens.
+    batch: &'static [(usize, usize, usize)],
+    /// Whether blocks lie 16 MiB apart, over more than 2^32 elements.
+    far: bool,
+}
+
+const DIM: usize = 128;
+const K: usize = 1 << 10;
+const M: usize = 1 << 20;
+/// The longest sequence of Llama-4-Scout.
+const SCOUT: usize = 10 * M;
+/// Elements between blocks that lie far apart, and how many of them: 5.4 * 10^9 elements.
+const FAR_STRIDE: usize = 8 * M;
+const FAR_BLOCKS: usize = 640;
+
+/// How many times shorter sequences are on the CPU device.
+const SHRINK: usize = 256;
+
+const PLAIN: Case = Case {
+    name: "",
+    dtype: Dtype::Bf16,
+    heads: (32, 8),
+    block_size: 16,
+    kind: Full,
+    data: Data::Normal,
+    batch: &[],
+    far: false,
+};
+
+/// The large cases.
+pub const CASES: &[Case] = &[
+    Case { name: "1x1M/5-1/bf16", heads: (5, 1), batch: &[(1, 1, M)], ..PLAIN },
+    Case {
+        name: "1x10M/5-1/bf16 needle",
+        heads: (5, 1),
+        data: Data::Needle,
+        batch: &[(1, 1, SCOUT)],
+        ..PLAIN
+    },
+    Case {
+        name: "1x10M/5-1/f16 equal",
+        dtype: Dtype::F16,
+        heads: (5, 1),
+        data: Data::Equal,
+        batch: &[(1, 1, SCOUT - 5)],
+        ..PLAIN
+    },
+    Case {
+        name: "1x10M/q4/5-1/bf16 needle",
+        heads: (5, 1),
+        data: Data::Needle,
+        batch: &[(1, 4, SCOUT)],
+        ..PLAIN
+    },
+    Case {
+        name: "1x10M/W8192/5-1/bf16",
+        heads: (5, 1),
+        kind: Sliding { window: 8192 },
+        batch: &[(1, 1, SCOUT - 3)],
+        ..PLAIN
+    },
+    Case {
+        name: "1x10M/C8192/q300/5-1/bf16",
+        heads: (5, 1),
+        kind: Chunked { chunk: 8192 },
+        batch: &[(1, 300, SCOUT - 8192 * 7 + 100)],
+        ..PLAIN
+    },
+    Case { name: "64x8K/32-8/bf16", batch: &[(64, 1, 8 * K)], ..PLAIN },
+    Case { name: "1x128K/32-8/f16", dtype: Dtype::F16, batch: &[(1, 1, 128 * K)], ..PLAIN },
+    Case {
+        name: "256x8K/W1024/32-8/bf16",
+        kind: Sliding { window: 1024 },
+        batch: &[(256, 1, 8 * K)],
+        ..PLAIN
+    },
+    Case { name: "mixed/1x1M+255x2K/32-8/bf16", batch: &[(1, 1, M), (255, 1, 2 * K)], ..PLAIN },
+    Case { name: "1x8K/q8192/32-8/bf16", batch: &[(1, 8 * K, 8 * K)], ..PLAIN },
+    Case {
+        name: "1x128K/q2048/5-1/bf16/b128 needle",
+        heads: (5, 1),
+        block_size: 128,
+        data: Data::Needle,
+        batch: &[(1, 2 * K, 128 * K)],
+        ..PLAIN
+    },
+    Case {
+        name: "3x64K/q5/16-2/bf16 far",
+        heads: (16, 2),
+        batch: &[(3, 5, 64 * K)],
+        far: true,
+        ..PLAIN
+    },
+    Case {
+        name: "2x20K/q900/8-1/bf16 far",
+        heads: (8, 1),
+        batch: &[(2, 900, 20 * K)],
+        far: true,
+        ..PLAIN
+    },
+];
+
+impl Case {
+    fn group(&self) -> usize {
+        self.heads.0 / self.heads.1
+    }
+
+    fn sees(&self, position: usize, key: usize) -> bool {
+        reference::sees(self.kind, 0, position as i64, key as i64)
+    }
+
+    /// The sequences; on the CPU device fewer and [`SHRINK`] times shorter.
+    fn sequences(&self, on_gpu: bool) -> Vec<Seq> {
+        let shrink = if on_gpu { 1 } else { SHRINK };
+        let few = |n: usize| if on_gpu { n } else { n.min(3) };
+        self.batch
+            .iter()
+            .flat_map(|&(count, q_len, kv_len)| {
+                let seq = Seq { q_len: q_len.div_ceil(shrink), kv_len: kv_len.div_ceil(shrink) };
+                std::iter::repeat_n(seq, few(count))
+            })
+            .collect()
+    }
+}
+
+/// Runs large case `index`; `None` when this device cannot hold it.
+pub fn run(bed: &Bed, index: usize, rng: &mut Rng) -> Result<Option<(String, Outcome)>> {
+    let Some(case) = CASES.get(index) else { return Ok(None) };
+    let on_gpu = bed.device.is_cuda();
+    if case.far && (!on_gpu || bed.device.info().memory_bytes < 24 << 30) {
+        println!("skipped {}: it needs a GPU with 24 GiB", case.name);
+        return Ok(None);
+    }
+    let problem = Problem::new(case, on_gpu, rng);
+    let name = if on_gpu {
+        case.name.to_owned()
+    } else {
+        format!("{}, {SHRINK} times shorter", case.name)
+    };
+    Ok(Some((name, problem.run(bed, rng)?)))
+}
+
+struct Problem<'a> {
+    case: &'a Case,
+    seqs: Vec<Seq>,
+    /// First query token of every sequence, and the end.
+    qo_indptr: Vec<usize>,
+    /// Distinct blocks, `[block][K|V][head][token][dim]`; the last one is the needle's.
+    pool: Vec<u16>,
+    distinct: usize,
+    /// Place of each distinct block in the device pool.
+    places: Vec<usize>,
+    /// Per sequence, the distinct block of each block index.
+    tables: Vec<Vec<usize>>,
+    q: Vec<u16>,
+}
+
+impl<'a> Problem<'a> {
+    fn new(case: &'a Case, on_gpu: bool, rng: &mut Rng) -> Self {
+        let seqs = case.sequences(on_gpu);
+        let mut qo_indptr = vec![0];
+        for seq in &seqs {
+            qo_indptr.push(qo_indptr[qo_indptr.len() - 1] + seq.q_len);
+        }
+        let tokens = qo_indptr[seqs.len()];
+        let normals = |rng: &mut Rng, n: usize| -> Vec<u16> {
+            rng.normals(n).map(|x| encode(case.dtype, x)).collect()
+        };
+        let q = normals(rng, tokens * case.heads.0 * DIM);
+        let distinct = (8 * K / case.heads.1).div_ceil(case.block_size) + 1;
+        let mut pool = normals(rng, distinct * block_elements(case));
+        if case.data == Data::Equal {
+            let key = normals(rng, DIM);
+            for block in pool.chunks_mut(block_elements(case)) {
+                let (keys, _) = block.split_at_mut(block_elements(case) / 2);
+                keys.chunks_mut(DIM).for_each(|k| k.copy_from_slice(&key));
+            }
+        }
+        let mut places: Vec<usize> = if case.far {
+            // Both ends of the range among them.
+            (0..distinct).map(|i| i * (FAR_BLOCKS - 1) / (distinct - 1)).collect()
+        } else {
+            (0..distinct).collect()
+        };
+        rng.shuffle(&mut places);
+        let tables: Vec<Vec<usize>> = seqs
+            .iter()
+            .map(|seq| {
+                let mut order: Vec<usize> = (0..distinct - 1).collect();
+                rng.shuffle(&mut order);
+                let blocks = seq.kv_len.div_ceil(case.block_size);
+                (0..blocks).map(|b| order[b % order.len()]).collect()
+            })
+            .collect();
+        let mut problem = Self { case, seqs, qo_indptr, pool, distinct, places, tables, q };
+        if case.data == Data::Needle {
+            problem.hide_needle(rng);
+        }
+        problem
+    }
+
+    /// Puts a key at a logit of +20 for the last query of the first sequence into a block of its own.
+    fn hide_needle(&mut self, rng: &mut Rng) {
+        let case = self.case;
+        let Seq { kv_len, .. } = self.seqs[0];
+        let token = rng.below(kv_len as u64) as usize;
+        self.tables[0][token / case.block_size] = self.distinct - 1;
+        for head in 0..case.heads.1 {
+            let query = self.query(self.qo_indptr[1] - 1, head * case.group());
+            let norm: f64 = query.iter().map(|x| x * x).sum();
+            let row = (self.distinct - 1) * case.block_size + token % case.block_size;
+            let at = key_index(case, head, row);
+            for (i, q) in query.iter().enumerate() {
+                self.pool[at + i] =
+                    encode(case.dtype, (q * 20.0 * (DIM as f64).sqrt() / norm) as f32);
+            }
+        }
+    }
+
+    fn query(&self, token: usize, head: usize) -> Vec<f64> {
+        let at = (token * self.case.heads.0 + head) * DIM;
+        self.q[at..at + DIM].iter().map(|&bits| decode(self.case.dtype, bits)).collect()
+    }
+
+    fn run(&self, bed: &Bed, rng: &mut Rng) -> Result<Outcome> {
+        let case = self.case;
+        let block = block_elements(case);
+        let stride = if case.far { FAR_STRIDE } else { block };
+        let blocks = if case.far { FAR_BLOCKS } else { self.distinct };
+        let pool = bed.room::<u16>((blocks - 1) * stride + block)?;
+        if case.far {
+            for (data, place) in self.pool.chunks(block).zip(&self.places) {
+                let staging = bed.device.upload(data)?;
+                let to = pool.address() + 2 * (place * stride) as u64;
+                // SAFETY: both live until the stream is synchronised.
+                unsafe { bed.stream.as_ref().copy(staging.address(), to, 2 * block)? };
+                bed.stream.as_ref().synchronize()?;
+            }
+        } else {
+            let mut placed = vec![0; self.pool.len()];
+            for (data, place) in self.pool.chunks(block).zip(&self.places) {
+                placed[place * block..][..block].copy_from_slice(data);
+            }
+            bed.write(&pool, &placed)?;
+        }
+
+        // Windowed sequences list only live blocks, as a manager would.
+        let (mut block_ids, mut block_row, mut first_block) = (vec![], vec![], vec![]);
+        let mut longest = 0;
+        for (seq, table) in self.seqs.iter().zip(&self.tables) {
+            let first_query = seq.kv_len - seq.q_len;
+            let first_key = (0..=first_query).find(|&key| case.sees(first_query, key)).unwrap_or(0);
+            let first = first_key / case.block_size;
+            longest = longest.max(seq.kv_len - first_key);
+            block_row.push(block_ids.len() as i64);
+            first_block.push(first as i32);
+            block_ids.extend(table[first..].iter().map(|&b| self.places[b] as i32));
+        }
+        let (kind, extent) = match case.kind {
+            Full => (abi::HKV_LAYER_FULL, 0),
+            Sliding { window } => (abi::HKV_LAYER_SLIDING, window),
+            Chunked { chunk } => (abi::HKV_LAYER_CHUNKED, chunk),
+        };
+        let window = hkv_window {
+            kind: kind as i32,
+            extent: extent as i32,
+            sink_tokens: 0,
+            group: 0,
+            layer_slot: 0,
+            reserved: [0; 3],
+        };
+        let mut kv_len: Vec<i32> = self.seqs.iter().map(|seq| seq.kv_len as i32).collect();
+        if bed.fault == Some(Fault::Length) {
+            kv_len[0] -= 1;
+        }
+        let tokens = self.qo_indptr[self.seqs.len()];
+        let rows = tokens * case.heads.0;
+        let qo_indptr: Vec<i32> = self.qo_indptr.iter().map(|&t| t as i32).collect();
+        let q = bed.device.upload(&self.q)?;
+        let out = bed.device.upload(&vec![POISON; rows * DIM])?;
+        let lse = bed.device.upload(&vec![f32::NAN; rows])?;
+        let [qo_indptr, kv_len, block_ids, first_block] =
+            [&qo_indptr, &kv_len, &block_ids, &first_block].map(|array| bed.device.upload(array));
+        let (qo_indptr, kv_len) = (qo_indptr?, kv_len?);
+        let (block_ids, first_block) = (block_ids?, first_block?);
+        let block_row = bed.device.upload(&block_row)?;
+        let windows = bed.device.upload(&[window])?;
+        let half = block as u64 / 2;
+        let mut args = AttentionArgs {
+            q: q.span(),
+            q_strides: HeadStrides::contiguous(case.heads.0 as u32, DIM as u32),
+            out: out.span(),
+            out_strides: HeadStrides::contiguous(case.heads.0 as u32, DIM as u32),
+            lse: Some(lse.span()),
+            kv: KvView {
+                k: pool.span(),
+                v: Span::new(pool.address() + 2 * half, pool.len() as u64 - 2 * half),
+                strides: KvStrides {
+                    block: stride as i64,
+                    layer: 0,
+                    head: (case.block_size * DIM) as i64,
+                    token: DIM as i64,
+                },
+                shape: KvShape {
+                    num_kv_heads: case.heads.1 as u32,
+                    head_dim: DIM as u32,
+                    dtype: case.dtype,
+                },
+                block_size: case.block_size as u32,
+                num_blocks: blocks as u64,
+                num_layer_slots: 1,
+            },
+            qo_indptr: qo_indptr.span(),
+            kv_len: kv_len.span(),
+            tables: BlockTables {
+                block_ids: block_ids.span(),
+                block_row: block_row.span(),
+                first_block: Some(first_block.span()),
+                num_groups: 1,
+            },
+            windows: WindowTable { rows: windows.span(), num_layers: 1 },
+            layer: 0,
+            sink_logits: None,
+            num_qo_heads: case.heads.0 as u32,
+            num_seqs: self.seqs.len() as u32,
+            num_tokens: tokens as u32,
+            max_q_len: self.seqs.iter().map(|seq| seq.q_len).max().unwrap_or(0) as u32,
+            max_kv_len: longest as u32,
+            sm_scale: 1.0 / (DIM as f32).sqrt(),
+            logits_soft_cap: 0.0,
+            workspace: Span::default(),
+        };
+        let workspace = bed.device.alloc(bed.kernels.attention_workspace_bytes(&args)? as usize)?;
+        args.workspace = workspace.span();
+        // SAFETY: all buffers live until the stream is synchronised.
+        unsafe { bed.kernels.attention(&args, bed.stream.as_ref())? };
+        bed.stream.as_ref().synchronize()?;
+        self.check(&out.download()?, &lse.download()?, rng)
+    }
+
+    fn check(&self, out: &[u16], lse: &[f32], rng: &mut Rng) -> Result<Outcome> {
+        let case = self.case;
+        let mut outcome = Outcome::default();
+        if let Some(at) = out.iter().position(|&bits| !decode(case.dtype, bits).is_finite()) {
+            outcome.fail(format!("element {at} of the output is unwritten or not finite"));
+        }
+        // The first and last query of some sequences, and queries between, with all heads.
+        let mut sampled: Vec<usize> = (0..self.seqs.len()).collect();
+        rng.shuffle(&mut sampled[1..]);
+        let mut tasks = Vec::new();
+        for &seq in sampled.iter().take(12) {
+            let (first, last) = (self.qo_indptr[seq], self.qo_indptr[seq + 1] - 1);
+            let mut tokens = vec![first, last];
+            tokens.extend((0..6).map(|_| rng.range(first as u64, last as u64) as usize));
+            tokens.sort_unstable();
+            tokens.dedup();
+            tasks.extend(tokens.into_iter().map(|token| (seq, token)));
+        }
+        let states = in_parallel(&tasks, |&(seq, token)| self.reference(seq, token));
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for (&(_, token), states) in tasks.iter().zip(&states) {
+            for (head, state) in states.iter().enumerate() {
+                let row = token * case.heads.0 + head;
+                ours.extend(out[row * DIM..][..DIM].iter().map(|&x| decode(case.dtype, x)));
+                theirs.extend(&state.out);
+                let error = (f64::from(lse[row]) - state.lse).abs();
+                outcome.note("lse", if error.is_nan() { f64::INFINITY } else { error });
+                if !(error <= LSE_TOLERANCE) {
+                    outcome.fail(format!(
+                        "LSE of token {token}, head {head} is {}, not {}",
+                        lse[row], state.lse
+                    ));
+                }
+            }
+        }
+        let comparison = reference::compare(&ours, &theirs, DIM, floor(case.dtype));
+        outcome.judge("out", &comparison, &tolerance(case.dtype));
+        Ok(outcome)
+    }
+
+    /// The states of all query heads of one token.
+    fn reference(&self, seq: usize, token: usize) -> Vec<State> {
+        let case = self.case;
+        let Seq { q_len, kv_len } = self.seqs[seq];
+        let position = kv_len - q_len + token - self.qo_indptr[seq];
+        // How often each distinct key is visible; then the keys by that number.
+        let mut times = vec![0usize; self.distinct * case.block_size];
+        for key in (0..=position).filter(|&key| case.sees(position, key)) {
+            let block = self.tables[seq][key / case.block_size];
+            times[block * case.block_size + key % case.block_size] += 1;
+        }
+        let mut by_times: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for (row, &times) in times.iter().enumerate().filter(|(_, times)| **times > 0) {
+            by_times.entry(times).or_default().push(row);
+        }
+        let logits = Logits { sm_scale: 1.0 / (DIM as f64).sqrt(), soft_cap: 0.0, sink: None };
+        let rows = self.distinct * case.block_size;
+        (0..case.heads.1)
+            .flat_map(|kv_head| {
+                let gather = |offset: usize| -> Vec<f64> {
+                    (0..rows)
+                        .flat_map(|row| {
+                            let at = key_index(case, kv_head, row) + offset;
+                            self.pool[at..at + DIM].iter().map(|&bits| decode(case.dtype, bits))
+                        })
+                        .collect()
+                };
+                let (keys, values) = (gather(0), gather(block_elements(case) / 2));
+                let heads = kv_head * case.group()..(kv_head + 1) * case.group();
+                let states: Vec<State> = heads
+                    .map(|head| {
+                        let query = self.query(token, head);
+                        let parts: Vec<State> = by_times
+                            .iter()
+                            .map(|(&times, rows)| {
+                                let mut state =
+                                    reference::attend(&query, &keys, &values, rows, logits);
+                                state.lse += (times as f64).ln();
+                                state
+                            })
+                            .collect();
+                        reference::merge(&parts, None)
+                    })
+                    .collect();
+                states
+            })
+            .collect()
+    }
+}
+
+/// Elements of K and V of one block.
+fn block_elements(case: &Case) -> usize {
+    2 * case.heads.1 * case.block_size * DIM
+}
+
+/// Index of a distinct key: `row` counts tokens over the distinct blocks.
+fn key_index(case: &Case, head: usize, row: usize) -> usize {
+    let (block, token) = (row / case.block_size, row % case.block_size);
+    block * block_elements(case) + (head * case.block_size + token) * DIM
+}
