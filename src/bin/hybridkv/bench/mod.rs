@@ -1,14 +1,356 @@
-//! `hybridkv bench`.
+//! `hybridkv bench`: the kernels on the shapes that others publish, beside the machine's own limits, all
+//! measured in one run. Memory rotates past the L2 cache, blocks lie in random order, times are medians
+//! of CUDA graph replays.
 
+mod suites;
+mod timing;
+mod workload;
+
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use hybridkv::error::{Error, Result};
+use clap::ValueEnum;
+use hybridkv::device::Device;
+use hybridkv::error::Result;
+use hybridkv::ops::{CtaQuota, Kernels};
+
+use crate::open_device;
+use crate::random::Rng;
+use crate::report::{Report, Row};
+use suites::{AttentionCase, DECODE, FRAGMENTS, PREFILL};
+use timing::{Timing, Workload, measure};
+use workload::{Arenas, Attention, Direction, EngineCopy, Move, Read};
 
 /// Arguments of `hybridkv bench`.
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// What to time.
+    #[arg(value_enum, default_values_t = [Suite::Decode, Suite::Prefill, Suite::Movement])]
+    suites: Vec<Suite>,
+    /// auto, cpu or cuda:N. On the CPU a few tiny cases run, to test the benchmark itself.
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Seconds of timing per case.
+    #[arg(long, default_value_t = 0.25)]
+    seconds: f64,
+    /// Write the reports to this file, or with several suites to `<suite>.json` in this folder.
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
 
-/// Runs the subcommand.
-pub fn main(_args: &Args) -> Result<ExitCode> {
-    Err(Error::invalid("bench", "this build does not have the subcommand"))
+/// What to time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Suite {
+    /// Paged attention of one or a few new tokens per sequence.
+    Decode,
+    /// Paged attention of thousands of new tokens.
+    Prefill,
+    /// Batched moves between device and pinned host memory.
+    Movement,
+    /// The machine's own limits alone.
+    Limits,
+}
+
+/// Runs the suites. Exits with 1 when a case is below its floor.
+pub fn main(args: &Args) -> Result<ExitCode> {
+    let device = open_device(&args.device)?;
+    let kernels = Kernels::load(&device)?;
+    let mut failures = 0;
+    for &suite in &args.suites {
+        let mut bench = Bench {
+            report: Report::new(&suite_name(suite), &device),
+            kernels: &kernels,
+            device: &device,
+            seconds: if device.is_cuda() { args.seconds } else { args.seconds.min(0.02) },
+            rng: Rng::new(1),
+            clocks: Clocks::new(&device),
+        };
+        bench.run(suite)?;
+        failures += bench.report.failures();
+        if let Some(path) = &args.json {
+            let path = match args.suites.len() {
+                1 => path.clone(),
+                _ => path.join(format!("{}.json", suite_name(suite))),
+            };
+            bench.report.write(&path)?;
+        }
+    }
+    Ok(ExitCode::from(u8::from(failures > 0)))
+}
+
+fn suite_name(suite: Suite) -> String {
+    suite.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+}
+
+/// One suite on one device.
+struct Bench<'a> {
+    report: Report,
+    kernels: &'a Kernels,
+    device: &'a Device,
+    seconds: f64,
+    rng: Rng,
+    clocks: Clocks,
+}
+
+impl Bench<'_> {
+    fn run(&mut self, suite: Suite) -> Result<()> {
+        println!("{}: {} (commit {})", self.report.suite, self.report.device, self.report.commit);
+        if !self.device.is_cuda() {
+            println!(
+                "No GPU: tiny cases on the CPU device, which tests the benchmark and measures nothing."
+            );
+        }
+        match suite {
+            Suite::Decode => self.attention(DECODE)?,
+            Suite::Prefill => self.attention(PREFILL)?,
+            Suite::Movement => self.movement()?,
+            Suite::Limits => {
+                self.memory_limits()?;
+                let arenas = self.arenas()?;
+                self.link_limits(&arenas)?;
+            }
+        }
+        self.report.limits.extend(self.clocks.seen());
+        for (name, value) in &self.report.limits {
+            println!("  {name} {value:.1}");
+        }
+        Ok(())
+    }
+
+    fn measure(&mut self, work: &dyn Workload) -> Result<Timing> {
+        let clocks = &mut self.clocks;
+        measure(self.device, work, self.seconds, &mut || clocks.sample())
+    }
+
+    /// Bytes of a buffer of ordinarily `bytes`, less on smaller machines, tiny on the CPU.
+    fn scaled(&self, bytes: u64) -> u64 {
+        let info = self.device.info();
+        let most = if self.device.is_cuda() { info.memory_bytes / 6 } else { 4 << 20 };
+        bytes.min(most) / 4096 * 4096
+    }
+
+    fn limit(&mut self, name: &str, bytes: f64, timing: Timing) {
+        self.report.limits.insert(name.to_owned(), bytes / timing.us / 1e3);
+    }
+
+    /// What plain loads and a copy inside the device reach.
+    fn memory_limits(&mut self) -> Result<()> {
+        let read = Read::new(self.kernels, self.scaled(8 << 30), &mut self.rng)?;
+        let timing = self.measure(&read)?;
+        self.limit("hbm_read_gbps", read.bytes() as f64, timing);
+        Ok(())
+    }
+
+    fn arenas(&mut self) -> Result<Arenas> {
+        Arenas::new(self.device, self.scaled(2 << 30), &mut self.rng)
+    }
+
+    /// What the copy engines reach.
+    fn link_limits(&mut self, arenas: &Arenas) -> Result<()> {
+        for direction in [Direction::H2d, Direction::D2h, Direction::D2d] {
+            let copy = EngineCopy::new(arenas, direction);
+            let timing = self.measure(&copy)?;
+            let touched = if direction == Direction::D2d { 2.0 } else { 1.0 };
+            let name = format!("copy_engine_{}_gbps", direction.name());
+            self.limit(&name, touched * copy.bytes() as f64, timing);
+        }
+        Ok(())
+    }
+
+    fn attention(&mut self, cases: &[AttentionCase]) -> Result<()> {
+        self.memory_limits()?;
+        let read_limit = self.report.limits["hbm_read_gbps"];
+        header("TFLOP/s");
+        for case in cases {
+            let Some(shape) = case.on(self.device) else { continue };
+            let Some(work) = Attention::new(self.kernels, &shape, &mut self.rng)? else {
+                self.skip(case.name, "too little device memory");
+                continue;
+            };
+            let timing = self.measure(&work)?;
+            work.check()?;
+            let gbps = shape.bytes() / timing.us / 1e3;
+            let tflops = shape.flops() / timing.us / 1e6;
+            let of_limit = gbps / read_limit;
+            let (ours, unit) = if case.by_flops { (tflops, "TFLOP/s") } else { (timing.us, "us") };
+            let floor = case.floor_in_unit(shape.bytes(), read_limit);
+            self.add(Line {
+                row: Row {
+                    case: case.name.to_owned(),
+                    ours,
+                    unit: unit.to_owned(),
+                    gbps: Some(gbps),
+                    tolerance: floor,
+                    ..Row::default()
+                },
+                timing,
+                of_limit,
+                tflops: Some(tflops),
+                goal: case.goal(&self.report.device),
+                at_most: !case.by_flops,
+            });
+        }
+        Ok(())
+    }
+
+    fn movement(&mut self) -> Result<()> {
+        let arenas = self.arenas()?;
+        self.memory_limits()?;
+        self.link_limits(&arenas)?;
+        header("");
+        let most = self.scaled(512 << 20).min(arenas.side_bytes());
+        for direction in [Direction::H2d, Direction::D2h, Direction::D2d] {
+            let limit = self.report.limits[&format!("copy_engine_{}_gbps", direction.name())];
+            for fragment in FRAGMENTS.iter().filter(|f| f.bytes <= most) {
+                let quotas: &[Option<u32>] = match (direction, self.device.is_cuda()) {
+                    (Direction::D2d, _) | (_, false) => &[None],
+                    _ => &[None, Some(8), Some(16)],
+                };
+                for &ctas in quotas {
+                    let quota = match (ctas, direction) {
+                        (Some(ctas), _) => CtaQuota::at_most(ctas),
+                        (None, Direction::D2d) => CtaQuota::WHOLE_DEVICE,
+                        (None, _) => CtaQuota::HOST_LINK,
+                    };
+                    let bytes = most.min(fragment.bytes << 16);
+                    let work = Move::new(
+                        self.kernels,
+                        &arenas,
+                        direction,
+                        fragment.bytes,
+                        bytes,
+                        quota,
+                        &mut self.rng,
+                    )?;
+                    let timing = self.measure(&work)?;
+                    let touched = if direction == Direction::D2d { 2.0 } else { 1.0 };
+                    let gbps = touched * work.bytes() as f64 / timing.us / 1e3;
+                    let suffix = ctas.map_or(String::new(), |ctas| format!("/{ctas}ctas"));
+                    let on_link = direction != Direction::D2d && ctas.is_none();
+                    self.add(Line {
+                        row: Row {
+                            case: fragment.case(direction) + &suffix,
+                            ours: gbps,
+                            unit: "GB/s".to_owned(),
+                            gbps: Some(gbps),
+                            tolerance: fragment.floor.filter(|_| on_link),
+                            ..Row::default()
+                        },
+                        timing,
+                        of_limit: gbps / limit,
+                        tflops: None,
+                        goal: None,
+                        at_most: false,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Judges, prints and keeps a row. On the CPU device there is nothing to judge.
+    fn add(&mut self, line: Line) {
+        let Line { mut row, timing, of_limit, tflops, goal, at_most } = line;
+        if !self.device.is_cuda() {
+            row.tolerance = None;
+        }
+        row.error.insert("spread".to_owned(), timing.spread);
+        row.error.insert("of_limit".to_owned(), of_limit);
+        row.error.insert("samples".to_owned(), timing.samples as f64);
+        row.pass = match row.tolerance {
+            None => true,
+            Some(floor) if at_most => row.ours <= floor,
+            Some(floor) => row.ours >= floor,
+        };
+        let sign = if at_most { "<=" } else { ">=" };
+        let bound = |value: Option<f64>| value.map_or("-".to_owned(), |v| format!("{sign} {v:.1}"));
+        println!(
+            "{:<34} {:>9.1} {:<7} {:>8.1} {:>8} {:>6.1}% {:>6.1}%  {:>9} {:>9}  {}",
+            row.case,
+            row.ours,
+            row.unit,
+            row.gbps.unwrap_or(0.0),
+            tflops.map_or(String::new(), |t| format!("{t:.1}")),
+            100.0 * of_limit,
+            100.0 * timing.spread,
+            bound(row.tolerance),
+            bound(goal),
+            if row.pass { "" } else { "BELOW ITS FLOOR" },
+        );
+        self.report.rows.push(row);
+    }
+
+    fn skip(&mut self, case: &str, why: &str) {
+        println!("{case:<34} skipped: {why}");
+        self.report.rows.push(Row {
+            case: case.to_owned(),
+            pass: true,
+            note: Some(format!("skipped: {why}")),
+            ..Row::default()
+        });
+    }
+}
+
+/// One line of the table.
+struct Line {
+    row: Row,
+    timing: Timing,
+    of_limit: f64,
+    tflops: Option<f64>,
+    goal: Option<f64>,
+    /// Whether less is better.
+    at_most: bool,
+}
+
+fn header(also: &str) {
+    println!(
+        "{:<34} {:>9} {:<7} {:>8} {also:>8} {:>7} {:>7}  {:>9} {:>9}",
+        "case", "ours", "", "GB/s", "limit", "spread", "floor", "goal"
+    );
+}
+
+/// Clocks, power and temperature of the GPU while it was busy, by NVML.
+struct Clocks {
+    nvml: Option<nvml_wrapper::Nvml>,
+    ordinal: u32,
+    samples: Vec<[f64; 4]>,
+}
+
+impl Clocks {
+    fn new(device: &Device) -> Self {
+        let cuda = device.backend().as_cuda();
+        let nvml = cuda.and_then(|_| nvml_wrapper::Nvml::init().ok());
+        let ordinal = cuda.map_or(0, |cuda| cuda.ordinal() as u32);
+        Self { nvml, ordinal, samples: Vec::new() }
+    }
+
+    fn sample(&mut self) {
+        use nvml_wrapper::enum_wrappers::device::{Clock, TemperatureSensor};
+        let Some(nvml) = &self.nvml else { return };
+        let Ok(gpu) = nvml.device_by_index(self.ordinal) else { return };
+        let read = || -> Result<[f64; 4], nvml_wrapper::error::NvmlError> {
+            Ok([
+                gpu.clock_info(Clock::SM)?.into(),
+                gpu.clock_info(Clock::Memory)?.into(),
+                f64::from(gpu.power_usage()?) / 1e3,
+                gpu.temperature(TemperatureSensor::Gpu)?.into(),
+            ])
+        };
+        self.samples.extend(read());
+    }
+
+    /// Lowest SM and memory clocks, highest power and temperature.
+    fn seen(&self) -> impl Iterator<Item = (String, f64)> + '_ {
+        let fold = |i: usize, f: fn(f64, f64) -> f64| {
+            self.samples.iter().map(|sample| sample[i]).reduce(f)
+        };
+        [
+            ("sm_clock_min_mhz", fold(0, f64::min)),
+            ("memory_clock_min_mhz", fold(1, f64::min)),
+            ("power_max_w", fold(2, f64::max)),
+            ("temperature_max_c", fold(3, f64::max)),
+        ]
+        .into_iter()
+        .filter_map(|(name, value)| Some((name.to_owned(), value?)))
+    }
 }

@@ -14,8 +14,7 @@ use hybridkv::reference::{self, Logits, State};
 use hybridkv::spec::AttentionKind;
 
 use super::bed::{
-    Bed, Fault, GUARD, LSE_TOLERANCE, Outcome, POISON, POISON_F32, decode, encode, floor, stray,
-    tolerance,
+    Bed, Fault, GUARD, Outcome, POISON, POISON_F32, decode, encode, floor, stray, tolerance,
 };
 use super::case::{Case, Data, PoolShape, Seq};
 use crate::random::Rng;
@@ -557,16 +556,9 @@ impl Buffers {
                 ours.extend(out[at..at + case.head_dim].iter().map(|&x| decode(case.dtype, x)));
                 theirs.extend(&state.out);
                 if case.lse {
-                    let ours = f64::from(f32::from_bits(lse[lse_at(token, head)]));
-                    // Written so that a NaN fails; equal infinities pass.
-                    let error = if ours == state.lse { 0.0 } else { (ours - state.lse).abs() };
-                    outcome.note("lse", if error.is_nan() { f64::INFINITY } else { error });
-                    if !(error <= LSE_TOLERANCE) {
-                        outcome.fail(format!(
-                            "LSE of token {token}, head {head} is {ours}, not {}",
-                            state.lse
-                        ));
-                    }
+                    let ours = f32::from_bits(lse[lse_at(token, head)]);
+                    let row = format_args!("token {token}, head {head}");
+                    outcome.judge_lse(row, ours, state.lse);
                 }
             }
         }

@@ -69,6 +69,17 @@ impl Outcome {
         }
     }
 
+    /// Notes the error of the LSE of a row and whether it is within the tolerance.
+    pub fn judge_lse(&mut self, row: impl std::fmt::Display, ours: f32, reference: f64) {
+        let ours = f64::from(ours);
+        let error = if ours == reference { 0.0 } else { (ours - reference).abs() };
+        let error = if error.is_nan() { f64::INFINITY } else { error };
+        self.note("lse", error);
+        if error > LSE_TOLERANCE {
+            self.fail(format!("LSE of {row} is {ours}, not {reference}"));
+        }
+    }
+
     /// Notes an error; keeps the worse of two of a name.
     pub fn note(&mut self, name: &'static str, value: f64) {
         match self.errors.iter_mut().find(|(known, _)| *known == name) {
@@ -103,7 +114,7 @@ pub fn floor(dtype: Dtype) -> f64 {
 }
 
 /// Largest error of an LSE.
-pub const LSE_TOLERANCE: f64 = 1e-3;
+const LSE_TOLERANCE: f64 = 1e-3;
 
 /// A NaN in bf16, f16 and, doubled, in f32: what is neither written nor visible.
 pub const POISON: u16 = 0xffa5;
