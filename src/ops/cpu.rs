@@ -401,3 +401,143 @@ unsafe fn store(base: *mut u8, dtype: Dtype, offset: i64, values: &[f64]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DIM: usize = 8;
+    const BLOCK: usize = 8;
+
+    /// Deterministic numbers in [-1, 1).
+    fn numbers(n: usize, seed: u64) -> Vec<f64> {
+        let mut x = seed;
+        std::iter::repeat_with(|| {
+            x = x.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (x >> 11) as f64 / (1u64 << 52) as f64 - 1.0
+        })
+        .take(n)
+        .collect()
+    }
+
+    fn bf16s(values: &[f64]) -> Vec<bf16> {
+        values.iter().map(|&x| bf16::from_f64(x)).collect()
+    }
+
+    /// Parts of any number, merged, are the whole: with a window, sink tokens and sink logits, two KV
+    /// heads, two sequences, and an element type whose rounding would show.
+    #[test]
+    fn splits_merge_to_the_whole() {
+        let (q_lens, kv_lens) = ([3, 2], [29, 18]);
+        let (heads, kv_heads, tokens) = (4i32, 2i32, 5i32);
+        let block = 2 * kv_heads as usize * BLOCK * DIM;
+        let pool = bf16s(&numbers(8 * block, 1));
+        let q = bf16s(&numbers(tokens as usize * heads as usize * DIM, 2));
+        // Sink block 0, then the blocks from 2 (of 4) and from 0 (of 3, the sink block among them) on.
+        let block_ids = [7i32, 1, 4, 3, 0, 5];
+        let (block_row, first_block) = ([0i64, 3], [2i32, 0]);
+        let qo_indptr = [0i32, q_lens[0], q_lens[0] + q_lens[1]];
+        let window = abi::hkv_window {
+            kind: abi::HKV_LAYER_SLIDING as i32,
+            extent: 9,
+            sink_tokens: 3,
+            group: 0,
+            layer_slot: 0,
+            reserved: [0; 3],
+        };
+        let sink_logits = [0.5f32, -1.0, 0.0, 1.0];
+        let rows = (tokens * heads) as usize;
+        let run = |num_splits: i32| -> (Vec<f32>, Vec<f32>) {
+            let mut out = vec![bf16::NAN; rows * DIM];
+            let mut lse = vec![f32::NAN; rows];
+            let mut partial_out = vec![f32::NAN; num_splits as usize * rows * DIM];
+            let mut partial_lse = vec![f32::NAN; num_splits as usize * rows];
+            let attention = abi::hkv_attention_params {
+                q: q.as_ptr().cast(),
+                out: out.as_mut_ptr().cast(),
+                lse: lse.as_mut_ptr(),
+                k: pool.as_ptr().cast(),
+                v: pool[block / 2..].as_ptr().cast(),
+                qo_indptr: qo_indptr.as_ptr(),
+                kv_len: kv_lens.as_ptr(),
+                block_ids: block_ids.as_ptr(),
+                block_row: block_row.as_ptr(),
+                first_block: first_block.as_ptr(),
+                windows: &window,
+                sink_logits: sink_logits.as_ptr(),
+                partial_out: partial_out.as_mut_ptr(),
+                partial_lse: partial_lse.as_mut_ptr(),
+                q_stride_token: i64::from(heads) * DIM as i64,
+                q_stride_head: DIM as i64,
+                out_stride_token: i64::from(heads) * DIM as i64,
+                out_stride_head: DIM as i64,
+                kv_stride_block: block as i64,
+                kv_stride_layer: 0,
+                kv_stride_head: (BLOCK * DIM) as i64,
+                kv_stride_token: DIM as i64,
+                layer: 0,
+                num_seqs: 2,
+                num_tokens: tokens,
+                num_qo_heads: heads,
+                num_kv_heads: kv_heads,
+                block_shift: BLOCK.trailing_zeros() as i32,
+                num_splits,
+                sm_scale: 1.5,
+                logits_soft_cap: 0.0,
+            };
+            let merge = abi::hkv_merge_params {
+                states: partial_out.as_ptr().cast(),
+                state_lse: partial_lse.as_ptr(),
+                out: out.as_mut_ptr().cast(),
+                lse: lse.as_mut_ptr(),
+                sink_logits: sink_logits.as_ptr(),
+                out_stride_token: attention.out_stride_token,
+                out_stride_head: attention.out_stride_head,
+                num_states: num_splits,
+                num_tokens: tokens,
+                num_qo_heads: heads,
+                head_dim: DIM as i32,
+                in_dtype: abi::HKV_DTYPE_F32 as i32,
+                out_dtype: abi::HKV_DTYPE_BF16 as i32,
+            };
+            // SAFETY: all arrays are live and of the sizes that the parameters say.
+            unsafe {
+                super::attention(&attention, Dtype::Bf16, DIM);
+                if num_splits > 1 {
+                    merge_states(&merge);
+                }
+            }
+            (out.iter().map(|x| x.to_f32()).collect(), lse)
+        };
+        let (whole, whole_lse) = run(1);
+        assert!(whole.iter().chain(&whole_lse).all(|x| x.is_finite()));
+        for num_splits in [2, 3, 7, 40] {
+            let (parts, parts_lse) = run(num_splits);
+            for (a, b) in parts.iter().zip(&whole) {
+                // Partial states in f32 may tip the rounding to bf16 over.
+                assert!((a - b).abs() <= 2f32.powi(-8) * b.abs(), "{num_splits} splits: {a}, {b}");
+            }
+            for (a, b) in parts_lse.iter().zip(&whole_lse) {
+                assert!((a - b).abs() < 1e-5, "{num_splits} splits: LSE {a}, {b}");
+            }
+        }
+        // One row by hand: the last query of the second sequence, head 3, sees keys 0 to 2 and 9 to 17.
+        let position = |key: usize| [3i32, 0, 5][key / BLOCK] as usize * block + key % BLOCK * DIM;
+        let keys: Vec<usize> = (0..3).chain(9..18).map(|key| position(key) + BLOCK * DIM).collect();
+        let element = |at: usize| f64::from(pool[at].to_f32());
+        let query: Vec<f64> = q[(4 * 4 + 3) * DIM..].iter().map(|x| x.to_f64()).collect();
+        let weight =
+            |at: usize| (1.5 * (0..DIM).map(|i| query[i] * element(at + i)).sum::<f64>()).exp();
+        let total = keys.iter().map(|&at| weight(at)).sum::<f64>() + 1f64.exp();
+        assert!((f64::from(whole_lse[rows - 1]) - total.ln()).abs() < 1e-6);
+        for i in 0..DIM {
+            let sum: f64 = keys.iter().map(|&at| weight(at) * element(at + block / 2 + i)).sum();
+            let ours = f64::from(whole[(rows - 1) * DIM + i]);
+            assert!(
+                (ours - sum / total).abs() <= 2f64.powi(-8) * ours.abs(),
+                "{ours}, {}",
+                sum / total
+            );
+        }
+    }
+}

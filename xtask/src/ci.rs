@@ -46,6 +46,14 @@ pub fn test(cuda: Cuda) -> Result {
         shell::run(&mut cargo(&["run", "--quiet", "--bin=hybridkv", "--", "run", "--device=cpu"]))
     })?;
     step("tests", || shell::run(&mut cargo(&["test", "--workspace", "--no-fail-fast"])))?;
+    // Says which committed reports were made from other kernels; measuring again needs a GPU.
+    step("reports", || {
+        let mut cargo = cargo(&["run", "--quiet", "--bin=hybridkv", "--", "report"]);
+        if let Ok(provenance) = provenance::json() {
+            cargo.env("HYBRIDKV_PROVENANCE", provenance);
+        }
+        shell::run(&mut cargo)
+    })?;
     println!(
         "\nall green in {:.0} s{}",
         start.elapsed().as_secs_f64(),

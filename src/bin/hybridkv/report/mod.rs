@@ -16,8 +16,7 @@ const SCHEMA: u32 = 1;
 /// Arguments of `hybridkv report`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Report files, or folders of them.
-    #[arg(default_value = "validation/reports")]
+    /// Report files, or folders of them (default: validation/reports, if it is there).
     paths: Vec<PathBuf>,
     /// List the reports that were made from other kernels than this build's, and exit with 1 when there
     /// are any.
@@ -146,6 +145,10 @@ impl Report {
 /// Reads reports and prints what is in them.
 pub fn main(args: &Args) -> Result<ExitCode> {
     let mut files = Vec::new();
+    let default = Path::new("validation/reports");
+    if args.paths.is_empty() && default.is_dir() {
+        collect(default, &mut files)?;
+    }
     for path in &args.paths {
         collect(path, &mut files)?;
     }

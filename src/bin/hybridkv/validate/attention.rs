@@ -24,7 +24,7 @@ const GROUPS: usize = 2;
 /// Block ids and rows that nobody may follow.
 const GARBAGE_IDS: [i32; 4] = [-1, i32::MIN, i32::MAX, 0x4000_0000];
 /// Multiplications that the reference spends on one batch; above that, rows are sampled.
-const REFERENCE_WORK: usize = 400_000_000;
+const REFERENCE_WORK: usize = 200_000_000;
 
 /// Runs a case.
 pub fn run(bed: &Bed, case: &Case, rng: &mut Rng) -> Result<Outcome> {

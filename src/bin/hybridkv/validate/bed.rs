@@ -45,6 +45,8 @@ pub struct Outcome {
     pub tolerance: f64,
     /// What is wrong, when something is.
     pub failure: Option<String>,
+    /// Whether a driver call failed: nothing that follows on the device means anything.
+    pub device_is_lost: bool,
 }
 
 impl Outcome {

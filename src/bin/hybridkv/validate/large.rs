@@ -21,8 +21,7 @@ use crate::random::Rng;
 
 /// One large case; `head_dim` is 128.
 pub struct Case {
-    /// Its name.
-    pub name: &'static str,
+    name: &'static str,
     dtype: Dtype,
     heads: (usize, usize),
     block_size: usize,
@@ -131,6 +130,25 @@ pub const CASES: &[Case] = &[
 ];
 
 impl Case {
+    /// The case's name, as it runs on this device; `None` when it does not fit.
+    pub fn name(&self, bed: &Bed) -> Option<String> {
+        let on_gpu = bed.device.is_cuda();
+        if self.far && (!on_gpu || bed.device.info().memory_bytes < 24 << 30) {
+            println!("skipped {}: it needs a GPU with 24 GiB", self.name);
+            return None;
+        }
+        Some(if on_gpu {
+            self.name.to_owned()
+        } else {
+            format!("{}, {SHRINK} times shorter", self.name)
+        })
+    }
+
+    /// Runs the case.
+    pub fn run(&self, bed: &Bed, rng: &mut Rng) -> Result<Outcome> {
+        Problem::new(self, bed.device.is_cuda(), rng).run(bed, rng)
+    }
+
     fn group(&self) -> usize {
         self.heads.0 / self.heads.1
     }
@@ -151,23 +169,6 @@ impl Case {
             })
             .collect()
     }
-}
-
-/// Runs large case `index`; `None` when this device cannot hold it.
-pub fn run(bed: &Bed, index: usize, rng: &mut Rng) -> Result<Option<(String, Outcome)>> {
-    let Some(case) = CASES.get(index) else { return Ok(None) };
-    let on_gpu = bed.device.is_cuda();
-    if case.far && (!on_gpu || bed.device.info().memory_bytes < 24 << 30) {
-        println!("skipped {}: it needs a GPU with 24 GiB", case.name);
-        return Ok(None);
-    }
-    let problem = Problem::new(case, on_gpu, rng);
-    let name = if on_gpu {
-        case.name.to_owned()
-    } else {
-        format!("{}, {SHRINK} times shorter", case.name)
-    };
-    Ok(Some((name, problem.run(bed, rng)?)))
 }
 
 struct Problem<'a> {
