@@ -164,7 +164,7 @@ pub struct Scale {
     pub kv_len: u64,
     /// Most new tokens of a sequence.
     pub q_len: u64,
-    /// Most elements of the pool.
+    /// Most elements of the pool, of q and of out.
     pub pool: usize,
     /// Most multiplications of the attention itself; 0 for any number.
     pub work: usize,
@@ -234,6 +234,8 @@ impl Case {
         let token = 2 * self.kv_heads * self.head_dim * self.layers;
         let longest = (scale.pool / token / sequences).max(self.block_size) as u64;
         let longest = longest.min(scale.kv_len);
+        let most_new =
+            most_new.min((scale.pool / self.qo_heads() / self.head_dim / sequences) as u64);
         let mut work = scale.work;
         (0..sequences)
             .map(|_| {
@@ -265,7 +267,7 @@ impl Case {
             }
         }
         .min(longest);
-        let q_len = if most_new == 1 || rng.chance(30) { 1 } else { rng.range(0, most_new) };
+        let q_len = if most_new <= 1 || rng.chance(30) { 1 } else { rng.range(0, most_new) };
         // Now and then more new tokens than there are: padding of a captured batch.
         let q_len = if kv_len == 0 || rng.chance(4) { q_len.min(3) } else { q_len.min(kv_len) };
         Seq { q_len: q_len as usize, kv_len: kv_len as usize }
