@@ -80,12 +80,13 @@ pub fn attend(
     State { out, lse: max + sum.ln() }
 }
 
-/// Merges states of the same query over disjoint keys. `sink` adds `exp(sink)` to the denominator.
-pub fn merge(states: &[State], sink: Option<f64>) -> State {
-    let head_dim = states.first().map_or(0, |state| state.out.len());
+/// Merges states (of `head_dim` elements) of the same query over disjoint keys. `sink` adds `exp(sink)` to
+/// the denominator.
+pub fn merge(head_dim: usize, states: &[State], sink: Option<f64>) -> State {
     // A state with an LSE of -inf is the identity, whatever its output holds.
     let states: Vec<&State> = states.iter().filter(|s| s.lse != f64::NEG_INFINITY).collect();
-    let max = states.iter().map(|s| s.lse).chain(sink).fold(f64::NEG_INFINITY, max_or_nan);
+    let lses = states.iter().map(|state| state.lse);
+    let max = lses.chain(sink).fold(f64::NEG_INFINITY, max_or_nan);
     if max == f64::NEG_INFINITY {
         return State::empty(head_dim);
     }

@@ -66,11 +66,14 @@ fn soft_cap_and_scale_by_hand() {
 #[test]
 fn empty_states() {
     assert_eq!(attend(&[1.0, 2.0], &[], &[], &[], PLAIN), State::empty(2));
-    assert_eq!(merge(&[State::empty(2), State::empty(2)], None), State::empty(2));
+    assert_eq!(merge(2, &[State::empty(2), State::empty(2)], None), State::empty(2));
     let state = State { out: vec![1.0, -1.0], lse: 3.0 };
     // The identity is recognised by its LSE alone: its output may hold anything.
     let garbage = State { out: vec![f64::NAN; 2], lse: f64::NEG_INFINITY };
-    assert_eq!(merge(&[garbage, state.clone()], None), state);
+    assert_eq!(merge(2, &[garbage, state.clone()], None), state);
+    // No state at all, with and without a sink.
+    assert_eq!(merge(2, &[], None), State::empty(2));
+    assert_eq!(merge(2, &[], Some(1.5)), State { out: vec![0.0; 2], lse: 1.5 });
 }
 
 #[test]
@@ -144,7 +147,7 @@ proptest! {
             })
             .collect();
         let all: Vec<usize> = (0..n).collect();
-        assert_close(&merge(&parts, logits.sink), &attend(&q, &k, &v, &all, logits))?;
+        assert_close(&merge(q.len(), &parts, logits.sink), &attend(&q, &k, &v, &all, logits))?;
     }
 
     /// Where the keys lie does not matter: a permuted pool with a permuted list is the same attention.

@@ -112,8 +112,7 @@ pub(crate) unsafe fn merge_states(p: &abi::hkv_merge_params) {
                 })
                 .collect();
             let sink = optional(p.sink_logits, head);
-            let merged =
-                if states.is_empty() { State::empty(dim) } else { reference::merge(&states, sink) };
+            let merged = reference::merge(dim, &states, sink);
             let to = token * p.out_stride_token + head * p.out_stride_head;
             store(p.out.cast(), out_dtype, to, &merged.out);
             if !p.lse.is_null() {
@@ -491,6 +490,7 @@ mod tests {
                 out: out.as_mut_ptr().cast(),
                 lse: lse.as_mut_ptr(),
                 sink_logits: sink_logits.as_ptr(),
+                live_tokens: std::ptr::null(),
                 out_stride_token: attention.out_stride_token,
                 out_stride_head: attention.out_stride_head,
                 num_states: num_splits,

@@ -443,7 +443,7 @@ impl<'a> Problem<'a> {
                                 state
                             })
                             .collect();
-                        reference::merge(&parts, None)
+                        reference::merge(DIM, &parts, None)
                     })
                     .collect();
                 states

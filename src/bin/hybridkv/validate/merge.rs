@@ -16,6 +16,8 @@ use crate::random::Rng;
 pub struct Case {
     states: usize,
     tokens: usize,
+    /// Rows of tokens from this one on are to be left alone.
+    live_tokens: Option<usize>,
     heads: usize,
     head_dim: usize,
     in_dtype: Dtype,
@@ -35,12 +37,14 @@ impl Case {
     pub fn random(rng: &mut Rng, elements: usize) -> Self {
         let head_dim = rng.pick(&[64, 128, 128, 256]);
         let heads = rng.pick(&[1, 2, 5, 8, 32]);
-        let states = rng.pick(&[1, 2, 2, 3, 7, 16, 33, 64]);
-        let tokens = rng.range(1, (elements / (head_dim * heads * states)).clamp(1, 300) as u64);
+        let states = rng.pick(&[0, 1, 2, 2, 3, 7, 16, 33, 64]);
+        let tokens =
+            rng.range(1, (elements / (head_dim * heads * states.max(1))).clamp(1, 300) as u64);
         let out_dtype = rng.pick(&[Dtype::Bf16, Dtype::F16]);
         Self {
             states,
             tokens: tokens as usize,
+            live_tokens: rng.chance(30).then(|| rng.below(tokens + 1) as usize),
             heads,
             head_dim,
             in_dtype: rng.pick(&[Dtype::F32, Dtype::F32, out_dtype]),
@@ -61,13 +65,14 @@ impl Case {
     /// The case's name.
     pub fn name(&self) -> String {
         format!(
-            "merge/{}x{}/{}/d{}/{}-{} empty{}% gaps{:?} lse*{}{}{}",
+            "merge/{}x{}/{}/d{}/{}-{} live{:?} empty{}% gaps{:?} lse*{}{}{}",
             self.states,
             self.tokens,
             self.heads,
             self.head_dim,
             self.in_dtype.name(),
             self.out_dtype.name(),
+            self.live_tokens,
             self.empty,
             self.gaps,
             self.magnitude,
@@ -118,12 +123,14 @@ impl Case {
         let out_lse = bed.device.upload(&vec![POISON_F32; rows + 2 * GUARD])?;
         let mut given = lse.clone();
         match bed.fault {
-            Some(Fault::Length) => given[0] += 0.1,
-            Some(Fault::Swap) => given.swap(0, self.states * rows - 1),
-            Some(Fault::Nan) => bytes[..4].fill(0xff),
+            Some(Fault::Length) if self.states > 0 => given[0] += 0.1,
+            Some(Fault::Swap) if self.states > 0 => given.swap(0, self.states * rows - 1),
+            Some(Fault::Nan) if self.states > 0 => bytes[..4].fill(0xff),
             _ => {}
         }
-        let skipped = usize::from(bed.fault == Some(Fault::Skip));
+        let live = self.live_tokens.unwrap_or(self.tokens);
+        let skipped = i32::from(bed.fault == Some(Fault::Skip));
+        let live_tokens = bed.device.upload(&[live as i32 - skipped])?;
         let states = bed.device.upload(&bytes)?;
         let [state_lse, sink_logits] = [bed.device.upload(&given)?, bed.device.upload(&sinks)?];
         let args = MergeArgs {
@@ -135,8 +142,9 @@ impl Case {
             out_dtype: self.out_dtype,
             lse: self.lse.then(|| Span::new(out_lse.address() + 4 * GUARD as u64, 4 * rows as u64)),
             sink_logits: self.sink_logits.then(|| sink_logits.span()),
+            live_tokens: self.live_tokens.map(|_| live_tokens.span()),
             num_states: self.states as u32,
-            num_tokens: (self.tokens - skipped) as u32,
+            num_tokens: self.tokens as u32,
             num_qo_heads: self.heads as u32,
             head_dim: dim as u32,
         };
@@ -153,6 +161,7 @@ impl Case {
         let mut outcome = Outcome::default();
         let after: Vec<u16> = out.download()?;
         let after_lse: Vec<u32> = out_lse.download()?;
+        let rows = live * self.heads;
         let mut written = vec![false; out_elements];
         (0..rows).for_each(|row| written[row_at(row)..row_at(row) + dim].fill(true));
         if let Some(i) = stray(&vec![POISON; out_elements], &after, |i| written[i]) {
@@ -162,16 +171,16 @@ impl Case {
             ));
         }
         let lse_row = |i: usize| self.lse && (GUARD..GUARD + rows).contains(&i);
-        if let Some(i) = stray(&vec![POISON_F32; rows + 2 * GUARD], &after_lse, lse_row) {
+        if let Some(i) = stray(&vec![POISON_F32; after_lse.len()], &after_lse, lse_row) {
             outcome.fail(format!(
                 "wrote beside the LSE, at element {} of it",
                 i as i64 - GUARD as i64
             ));
         }
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-        for (row, states) in by_row.iter().enumerate() {
+        for (row, states) in by_row[..rows].iter().enumerate() {
             let sink = self.sink_logits.then(|| sinks[row % self.heads].into());
-            let state = reference::merge(states, sink);
+            let state = reference::merge(dim, states, sink);
             ours.extend(after[row_at(row)..][..dim].iter().map(|&x| decode(self.out_dtype, x)));
             theirs.extend(&state.out);
             if self.lse {
