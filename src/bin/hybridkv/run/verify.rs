@@ -184,7 +184,7 @@ impl Oracle {
             .chunks_exact(2)
             .map(|bytes| decode(dtype, u16::from_le_bytes([bytes[0], bytes[1]])))
             .collect();
-        let comparison = reference::compare(&have, &want, dim);
+        let comparison = reference::compare(&have, &want, dim, 0.0);
         if comparison.misplaced > 0 { f64::INFINITY } else { comparison.relative }
     }
 }
