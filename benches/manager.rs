@@ -29,11 +29,15 @@ fn manager(model: &str, num_blocks: u32) -> Manager {
     .unwrap()
 }
 
-/// A prompt that shares nothing with those of another number. It ends inside a chunk of Llama 4, so that its
-/// chunked groups are looked up, too.
+/// A prompt that shares nothing with those of another number. Its 131,072 tokens are a chunk edge of Llama 4,
+/// where chunked groups need nothing: the same case as in the peers' measurements.
 fn prompt(number: usize) -> Vec<u32> {
+    blocks(number, BLOCKS)
+}
+
+fn blocks(number: usize, blocks: usize) -> Vec<u32> {
     let first = (number as u32).wrapping_mul(0x9E37_79B9);
-    (0..16 * BLOCKS as u32 + 1).map(|i| first.wrapping_add(i)).collect()
+    (0..16 * blocks as u32 + 1).map(|i| first.wrapping_add(i)).collect()
 }
 
 /// A manager that has `prompts` cached prompts of 128K tokens and no sequence.
@@ -64,6 +68,12 @@ fn lookup(c: &mut Criterion) {
             c.bench_function("lookup-hash/8192", |b| b.iter(|| m.hash(black_box(&tokens), KEYS)));
         }
     }
+    // In the middle of a chunk, whose 256 blocks are looked up in each of the three chunked groups.
+    let mut m = manager("llama-4-scout", 65_536);
+    let hashed = m.hash(&blocks(0, BLOCKS + 256), KEYS);
+    serve(&mut m, hashed.clone());
+    assert_eq!(m.lookup_hashed(&hashed).tokens, 16 * (BLOCKS + 256));
+    c.bench_function("lookup/8448/scout", |b| b.iter(|| m.lookup_hashed(black_box(&hashed))));
 }
 
 /// Lookup, pinning and release of a prompt that is cached.
