@@ -126,3 +126,37 @@ pub fn longest_request(plan: &GroupPlan, usable_blocks: usize, in_flight_tokens:
     }
     fits
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_request_is_the_longest_that_fits() {
+        for name in ModelSpec::preset_names() {
+            let spec = ModelSpec::preset(name).unwrap();
+            let plan = spec.group(16).unwrap();
+            for usable in [0, 1, 100, 5_000, 80_000] {
+                let longest = longest_request(&plan, usable, 512);
+                assert!(longest == 0 || max_blocks(&plan, longest, 512) <= usable, "{name}");
+                if longest < u32::MAX as usize {
+                    assert!(max_blocks(&plan, longest + 1, 512) > usable, "{name}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn uniform_models_gain_nothing_and_small_memory_is_refused() {
+        let spec = ModelSpec::preset("llama-3.1-8b").unwrap();
+        let memory = 1 << 30;
+        let uniform = capacity(&spec, 16, memory, 4096, 512).unwrap();
+        // The null block is all that is lost.
+        assert_eq!(uniform.uniform_tokens - uniform.tokens, 16);
+        assert_eq!(uniform.longest_request as u64, uniform.tokens);
+        let err = capacity(&spec, 16, memory, 8192, 512).unwrap_err();
+        assert!(matches!(err.kind(), ErrorKind::PoolTooSmall { needed: 512, capacity: 511, .. }));
+        assert!(capacity(&spec, 16, 10, 1, 0).is_err());
+        assert!(capacity(&spec, 16, memory, 0, 0).is_err());
+    }
+}

@@ -6,6 +6,7 @@ mod random;
 mod report;
 mod run;
 mod validate;
+mod values;
 
 use std::process::ExitCode;
 

@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::server::{AttentionTime, Server};
 use super::setup::Setup;
 use super::verify::Tally;
+use crate::values::format_bytes;
 
 /// All figures of a run.
 #[derive(Debug, Serialize)]
@@ -282,7 +283,7 @@ impl Tier {
         format!(
             "{}, {} of {} blocks cached: {:.0} tokens held, {:.0} by uniform allocation ({:.2}x); \
              {} stored, {} evicted, {} hit",
-            bytes(self.bytes),
+            format_bytes(self.bytes),
             self.cached_blocks,
             self.blocks,
             self.tokens,
@@ -306,7 +307,7 @@ impl Moved {
     }
 
     fn line(&self) -> String {
-        format!("{} blocks, {}, {:.1} GB/s", self.transfers, bytes(self.bytes), self.gbps)
+        format!("{} blocks, {}, {:.1} GB/s", self.transfers, format_bytes(self.bytes), self.gbps)
     }
 }
 
@@ -395,15 +396,4 @@ fn describe_groups(plan: &GroupPlan) -> Vec<String> {
             format!("{} x {kind}", group.layers.len())
         })
         .collect()
-}
-
-fn bytes(count: u64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = count as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < units.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{count} B") } else { format!("{value:.1} {}", units[unit]) }
 }

@@ -2,13 +2,14 @@
 
 use hybridkv::device::Device;
 use hybridkv::engine::{EngineConfig, HostSize};
-use hybridkv::error::{Error, ErrorKind, Result};
+use hybridkv::error::{Error, Result};
 use hybridkv::manager::{GroupConfig, HostConfig, ManagerConfig, Retention};
 use hybridkv::spec::{AttentionKind, GroupPlan, LayerSpec, ModelSpec};
 
 use super::Args;
 use super::conversations::{Conversations, Sizes};
 use super::trace::{Trace, output_token};
+use crate::values::{load_model, parse_bytes};
 
 /// Every length is divided by this on the CPU device.
 const CPU_SHRINK: usize = 32;
@@ -210,16 +211,6 @@ impl Setup {
     }
 }
 
-/// A preset by name, or a Hugging Face `config.json` by path.
-fn load_model(name: &str) -> Result<ModelSpec> {
-    if !name.ends_with(".json") {
-        return ModelSpec::preset(name);
-    }
-    let text = std::fs::read_to_string(name)
-        .map_err(|source| Error::new("run", ErrorKind::Io { path: name.to_string(), source }))?;
-    ModelSpec::from_hf_config(&text)
-}
-
 /// Takes a model down to what the CPU device serves in a minute: few layers (all kinds of them), few small
 /// heads, windows shortened like the contexts.
 fn shrink_model(spec: &mut ModelSpec, layers: Option<u32>, notes: &mut Vec<String>) {
@@ -260,47 +251,4 @@ fn shrink_model(spec: &mut ModelSpec, layers: Option<u32>, notes: &mut Vec<Strin
 /// What a cached block of this run is of: seeds the hashes.
 fn identity(spec: &ModelSpec, plan: &GroupPlan) -> [u8; 32] {
     *blake3::hash(format!("synthetic {spec:?} {plan:?}").as_bytes()).as_bytes()
-}
-
-/// `8GiB`, `500MB`, `4096`, ...
-pub fn parse_bytes(text: &str) -> Result<u64> {
-    let refuse =
-        || Error::unsupported("run", "number of bytes", text, "e.g. 8GiB, 512MiB, 2GB, 1000000");
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let number: f64 = text[..digits].parse().map_err(|_| refuse())?;
-    let unit: u64 = match text[digits..].trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 1,
-        "kib" | "k" => 1 << 10,
-        "mib" | "m" => 1 << 20,
-        "gib" | "g" => 1 << 30,
-        "tib" | "t" => 1 << 40,
-        "kb" => 1_000,
-        "mb" => 1_000_000,
-        "gb" => 1_000_000_000,
-        "tb" => 1_000_000_000_000,
-        _ => return Err(refuse()),
-    };
-    let bytes = number * unit as f64;
-    if bytes >= 1.0 && bytes < (1u64 << 50) as f64 { Ok(bytes as u64) } else { Err(refuse()) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bytes_are_read_with_units() {
-        for (text, bytes) in [
-            ("8GiB", 8 << 30),
-            ("1.5 MiB", 3 << 19),
-            ("2GB", 2_000_000_000),
-            ("4096", 4096),
-            ("512k", 512 << 10),
-        ] {
-            assert_eq!(parse_bytes(text).unwrap(), bytes);
-        }
-        for text in ["", "GiB", "-1GiB", "8 apples", "0", "1e9", "99999TiB"] {
-            assert!(parse_bytes(text).is_err(), "{text}");
-        }
-    }
 }
