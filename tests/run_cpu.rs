@@ -2,58 +2,13 @@
 //! restored; and verification that fails when a transfer lies or starts too early.
 #![cfg(feature = "cli")]
 
-use std::path::PathBuf;
-use std::process::{Command, Output};
+mod run_command;
 
+use run_command::{assert_verified, count, figures, run, temporary};
 use serde_json::Value;
 
 /// A pool of a few contexts, and a host tier that holds more.
 const SMALL: &[&str] = &["--device-mem", "1MiB", "--host-ratio", "4", "--verify", "1"];
-
-fn run(args: &[&str]) -> Output {
-    let device = if args.contains(&"--device") { &[][..] } else { &["--device", "cpu"][..] };
-    Command::new(env!("CARGO_BIN_EXE_hybridkv"))
-        .arg("run")
-        .args(device)
-        .args(args)
-        .output()
-        .expect("the binary runs")
-}
-
-/// A file of this test's own.
-fn temporary(name: &str) -> PathBuf {
-    std::env::temp_dir().join(format!("hybridkv-{}-{name}", std::process::id()))
-}
-
-/// The exit code and the figures of a run.
-fn figures(name: &str, args: &[&str]) -> (Option<i32>, Value) {
-    let path = temporary(&format!("{name}.json"));
-    let output = run(&[args, &["--json", path.to_str().expect("a UTF-8 path")]].concat());
-    let text = std::fs::read_to_string(&path)
-        .unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)));
-    std::fs::remove_file(&path).expect("the file was written");
-    (output.status.code(), serde_json::from_str(&text).expect("valid JSON"))
-}
-
-fn count(figures: &Value, path: &str) -> u64 {
-    figures.pointer(path).and_then(Value::as_u64).unwrap_or_else(|| panic!("no count at {path}"))
-}
-
-/// Every kind of block was looked at, rows too, and nothing was wrong.
-fn assert_verified(code: Option<i32>, figures: &Value) {
-    assert_eq!(code, Some(0), "{figures:#}");
-    assert_eq!(figures["passed"], true);
-    for what in ["hit_blocks", "onboarded_blocks", "turn_end_blocks", "host_slots", "rows"] {
-        assert!(count(figures, &format!("/verified/{what}")) > 0, "{what}: {figures:#}");
-    }
-    assert_eq!(
-        count(figures, "/verified/wrong_blocks") + count(figures, "/verified/wrong_rows"),
-        0
-    );
-    let worst = figures["verified"]["worst_row_error"].as_f64().expect("a number");
-    let tolerance = figures["verified"]["row_tolerance"].as_f64().expect("a number");
-    assert!(worst > 0.0 && worst <= tolerance);
-}
 
 #[test]
 fn conversations_are_evicted_restored_and_verified() {

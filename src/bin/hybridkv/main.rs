@@ -13,6 +13,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use hybridkv::device::Device;
 use hybridkv::error::{Error, ErrorKind, Result};
+use hybridkv::ops::Kernels;
 
 /// Hybrid, hierarchical KV caches: kernels, manager, and the proofs that they are right.
 #[derive(Debug, Parser)]
@@ -59,12 +60,15 @@ fn main() -> ExitCode {
 pub(crate) fn open_device(name: &str) -> Result<Device> {
     match name {
         "cpu" => Ok(Device::cpu()),
-        "auto" => match Device::cuda(0) {
+        "auto" => match Device::cuda(0).and_then(|device| Kernels::load(&device).map(|_| device)) {
             Ok(device) => Ok(device),
             Err(error) => {
                 let expected = matches!(
                     error.kind(),
-                    ErrorKind::NoDriver | ErrorKind::NoKernels | ErrorKind::NoDevice { .. }
+                    ErrorKind::NoDriver
+                        | ErrorKind::NoDevice { .. }
+                        | ErrorKind::NoKernels
+                        | ErrorKind::NoKernelImage { .. }
                 );
                 if !expected {
                     return Err(error);
