@@ -39,7 +39,7 @@ pub struct Args {
     /// auto, cpu, cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: String,
-    /// Bytes of the device pool, e.g. 8GiB [default: 8GiB; a few contexts on the CPU].
+    /// Bytes of the device pool, e.g. 8GiB [default: 2GiB; a few contexts on the CPU].
     #[arg(long)]
     pub device_mem: Option<String>,
     /// Host slots per device block.

@@ -164,7 +164,7 @@ impl Setup {
             Some(text) => parse_bytes(text)?,
             // A pool of a few contexts, whatever the model.
             None if on_cpu => 1024 * plan.block_bytes as u64,
-            None => 8 << 30,
+            None => 2 << 30,
         };
         let engine =
             EngineConfig::sized(plan.block_bytes, device_mem, HostSize::Ratio(args.host_ratio))?;
