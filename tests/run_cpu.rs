@@ -5,7 +5,6 @@
 mod run_command;
 
 use run_command::{assert_verified, count, figures, run, temporary};
-use serde_json::Value;
 
 /// A pool of a few contexts, and a host tier that holds more.
 const SMALL: &[&str] = &["--device-mem", "1MiB", "--host-ratio", "4", "--verify", "1"];
