@@ -28,37 +28,14 @@ constexpr int kThreads = HKV_PREFILL_THREADS;
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// What a CTA works on. It lies in shared memory: registers are for the rows' states.
-template <typename T, int kRows, int kKeys>
+// What a CTA needs now and then. It lies in shared memory: registers are for the rows' states and
+// for the walk along the keys.
 struct Work {
   QueryRows rows;
   int32_t row0;  // first row of the CTA's tile
   int32_t split;
   Visibility visibility;
-  BlockTable<T> table;
-  KeyTiles<kKeys> tiles;
-  TileSpan span;
   LogitScale scale;
-
-  Work() = default;
-
-  // Whole warp. The tile may stand for no rows.
-  __device__ explicit Work(const hkv_attention_params& p) {
-    const int32_t kv_head = blockIdx.x % p.num_kv_heads;
-    const uint32_t rest = blockIdx.x / p.num_kv_heads;
-    const int64_t row_tile = gridDim.x / p.num_kv_heads / p.num_splits - 1 - rest / p.num_splits;
-    split = rest % p.num_splits;
-    const int32_t seq = sequence_of_row_tile<kRows>(p, row_tile);
-    rows = QueryRows(p, seq, kv_head);
-    row0 = static_cast<int32_t>(row_tile - first_row_tile<kRows>(p, seq)) * kRows;
-    const hkv_window window = p.windows[p.layer];
-    visibility = Visibility(window);
-    table = BlockTable<T>(p, window, seq, kv_head);
-    const int32_t last_row = min(row0 + kRows, rows.count()) - 1;
-    tiles = KeyTiles<kKeys>(visibility, rows.position(row0), rows.position(last_row));
-    span = TileSpan(tiles.count(), split, p.num_splits, 1);
-    scale = LogitScale(p.sm_scale, p.logits_soft_cap);
-  }
 };
 
 template <typename T, int kDim>
@@ -75,33 +52,49 @@ class Prefill {
   static constexpr int kRowsPerCopy = kThreads / Layout::kChunks;
   static constexpr int kGroups = kKeys / kGroupTokens;
   static_assert(kQueryBytes + 4 * kTileBytes <= HKV_PREFILL_SHARED_BYTES, "two stages must fit");
-  using Work = hkv::Work<T, kRows, kKeys>;
 
  public:
   __device__ static void run(const hkv_attention_params& p) {
     extern __shared__ __align__(1024) uint8_t shared[];
     grid_dependency_launch();
 
+    const int32_t kv_head = blockIdx.x % p.num_kv_heads;
+    const uint32_t rest = blockIdx.x / p.num_kv_heads;
+    const int32_t split = rest % p.num_splits;
+    const int64_t row_tile = gridDim.x / p.num_kv_heads / p.num_splits - 1 - rest / p.num_splits;
+    const int32_t seq = sequence_of_row_tile<kRows>(p, row_tile);
+    const int32_t row0 = static_cast<int32_t>(row_tile - first_row_tile<kRows>(p, seq)) * kRows;
+    const QueryRows rows(p, seq, kv_head);
+    if (row0 >= rows.count()) return;
+
+    const hkv_window window = p.windows[p.layer];
+    const Visibility visibility(window);
     __shared__ Work work;
-    if (threadIdx.x < 32) {
-      const Work mine(p);
-      if (threadIdx.x == 0) work = mine;
-    }
-    __syncthreads();
-    if (work.row0 >= work.rows.count()) return;
     __shared__ int32_t positions[kRows];
-    if (threadIdx.x < kRows) positions[threadIdx.x] = work.rows.position(work.row0 + threadIdx.x);
-    Prefill tile(p, work, positions, static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
+    if (threadIdx.x == 0) {
+      work = {rows, row0, split, visibility, LogitScale(p.sm_scale, p.logits_soft_cap)};
+    }
+    if (threadIdx.x < kRows) positions[threadIdx.x] = rows.position(row0 + threadIdx.x);
+    __syncthreads();
+    const int32_t last_row = min(row0 + kRows, rows.count()) - 1;
+    const KeyTiles<kKeys> tiles(visibility, rows.position(row0), rows.position(last_row));
+    Prefill tile(p, work, positions, BlockTable<T>(p, window, seq, kv_head), tiles,
+                 TileSpan(tiles.count(), split, p.num_splits, 1),
+                 static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
     tile.attend();
     tile.finish(shared);
   }
 
  private:
   __device__ Prefill(const hkv_attention_params& p, const Work& work, const int32_t* positions,
+                     const BlockTable<T>& table, const KeyTiles<kKeys>& tiles, const TileSpan& span,
                      uint32_t shared)
       : p_(p),
         work_(work),
         warp_positions_(positions + threadIdx.x / 32 * kWarpRows),
+        table_(table),
+        tiles_(tiles),
+        span_(span),
         queries_(shared),
         stages_(shared + kQueryBytes) {
 #pragma unroll
@@ -120,14 +113,14 @@ class Prefill {
   }
 
   __device__ void attend() {
-    if (work_.span.begin >= work_.span.end) return;
+    if (span_.begin >= span_.end) return;
     copy_queries();
-    prefetched_id_ = fetch_id(work_.span.begin);
-    copy_keys_and_values(work_.span.begin);
-    for (int32_t n = work_.span.begin; n < work_.span.end; ++n) {
+    prefetched_id_ = fetch_id(span_.begin);
+    copy_keys_and_values(span_.begin);
+    for (int32_t n = span_.begin; n < span_.end; ++n) {
       cp_async_wait<0>();
       __syncthreads();  // the tile has landed, and no warp reads the other stage any more
-      if (n + 1 < work_.span.end) copy_keys_and_values(n + 1);
+      if (n + 1 < span_.end) copy_keys_and_values(n + 1);
       if (warp_row0() < work_.rows.count()) attend_tile(n);
     }
   }
@@ -154,26 +147,26 @@ class Prefill {
 
   // Block of the token group lane % kGroups of tile n; read one tile ahead of its use.
   __device__ int32_t fetch_id(int32_t n) const {
-    if (n >= work_.span.end) return 0;
-    const KeyTile tile = work_.tiles[n];
+    if (n >= span_.end) return 0;
+    const KeyTile tile = tiles_[n];
     const int32_t token = tile.base + threadIdx.x % kGroups * kGroupTokens;
-    return tile.holds_any(token, kGroupTokens) ? work_.table.block_id(token) : 0;
+    return tile.holds_any(token, kGroupTokens) ? table_.block_id(token) : 0;
   }
 
   __device__ void copy_keys_and_values(int32_t n) {
-    const KeyTile tile = work_.tiles[n];
+    const KeyTile tile = tiles_[n];
     const int32_t ids = prefetched_id_;
     prefetched_id_ = fetch_id(n + 1);
     const uint32_t keys = stage(n);
     const int chunk = threadIdx.x % Layout::kChunks;
     const int thread_row = threadIdx.x / Layout::kChunks;
-    const int64_t to_values = work_.table.values() - work_.table.keys();
+    const int64_t to_values = table_.values() - table_.keys();
 #pragma unroll
     for (int i = 0; i < kKeys / kRowsPerCopy; ++i) {
       const int r = i * kRowsPerCopy + thread_row;
       const int32_t token = tile.base + r;
       const int32_t id = __shfl_sync(kFullWarp, ids, r / kGroupTokens);
-      const T* src = work_.table.keys() + work_.table.offset(id, token) + chunk * 8;
+      const T* src = table_.keys() + table_.offset(id, token) + chunk * 8;
       const uint32_t dst = keys + Layout::offset(r, chunk);
       cp_async_16(dst, src, tile.holds(token));
       cp_async_16(dst + kTileBytes, src + to_values, tile.holds(token));
@@ -183,7 +176,7 @@ class Prefill {
 
   // Shared address of the stage of tile n: its keys, then its values.
   __device__ uint32_t stage(int32_t n) const {
-    return stages_ + (n - work_.span.begin) % 2 * (2 * kTileBytes);
+    return stages_ + (n - span_.begin) % 2 * (2 * kTileBytes);
   }
 
   // ---- one tile of keys, by the warp for its rows ----
@@ -218,8 +211,8 @@ class Prefill {
 
     const LogitScale scale = work_.scale;
     if (scale.capped()) cap(scale, score);
-    const KeyTile tile = work_.tiles[n];
-    if (!work_.tiles.is_clear(tile)) mask(tile, score);
+    const KeyTile tile = tiles_[n];
+    if (!tiles_.is_clear(tile)) mask(tile, score);
     raise(scale, score);
 
     // Weights of 16 keys at a time: exponentials of the next fill the gaps between the products.
@@ -378,6 +371,9 @@ class Prefill {
   const hkv_attention_params& p_;
   const Work& work_;
   const int32_t* const warp_positions_;  // in shared memory, of the warp's rows
+  const BlockTable<T> table_;
+  const KeyTiles<kKeys> tiles_;
+  const TileSpan span_;
   const uint32_t queries_;
   const uint32_t stages_;
   int32_t prefetched_id_ = 0;
