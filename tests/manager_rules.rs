@@ -338,3 +338,55 @@ fn r10_a_load_from_a_copy_that_was_disowned_meanwhile_is_a_miss() {
     assert_eq!(last, Some(Completion::Ready { seq: 2, valid_tokens: 0 }));
     assert_eq!(m.usage().host_used, 0);
 }
+
+#[test]
+fn r7_a_sequence_larger_than_the_host_tier_keeps_its_start_there() {
+    let mut m = manager(&[FULL], 33, 5);
+    let prompt = tokens(0, 128);
+    m.allocate(1, &prompt, KEYS, 0).unwrap();
+    for computed in [64, 128, 128] {
+        m.advance(1, computed, computed).unwrap();
+        complete_all(&mut m, Outcome::Succeeded);
+    }
+    m.free(1).unwrap();
+    m.allocate(2, &tokens(1000, 512), KEYS, 0).unwrap();
+    let hit = m.lookup(&[&prompt[..], &[0]].concat(), KEYS);
+    assert_eq!((hit.device_tokens, hit.tokens), (0, 80));
+}
+
+#[test]
+fn events_tell_group_tier_and_order() {
+    use hybridkv::manager::EventKind::{Cleared, Removed, Stored};
+    let mut m = manager(&[FULL, sliding(17)], 9, 16);
+    m.record_events(true);
+    m.allocate(1, &tokens(0, 40), KEYS, 0).unwrap();
+    m.append(1, &tokens(40, 8)).unwrap();
+    let log = |m: &mut Manager| {
+        let events = m.events();
+        events.into_iter().map(|e| (e.kind, e.group, e.tier, e.indices)).collect::<Vec<_>>()
+    };
+    let device = |kind, group, indices: &[u32]| (kind, group, Tier::Device, indices.to_vec());
+    // One event per operation and group.
+    let expected = [
+        device(Stored, 0, &[0, 1]),
+        device(Stored, 1, &[0, 1]),
+        device(Stored, 0, &[2]),
+        device(Stored, 1, &[2]),
+    ];
+    assert_eq!(log(&mut m), expected);
+    m.advance(1, 48, 48).unwrap();
+    complete_all(&mut m, Outcome::Succeeded);
+    assert!(log(&mut m).iter().all(|e| (e.0, e.2) == (Stored, Tier::Host)));
+    m.free(1).unwrap();
+    // Another prompt's blocks push out what it needs: that is told first.
+    m.allocate(2, &tokens(1000, 32), KEYS, 0).unwrap();
+    let events = log(&mut m);
+    let last_removed = events.iter().rposition(|e| e.0 == Removed).unwrap();
+    let first_stored = events.iter().position(|e| e.0 == Stored).unwrap();
+    assert!(last_removed < first_stored, "{events:?}");
+    assert!(!m.reset_prefix_cache());
+    m.free(2).unwrap();
+    assert!(m.reset_prefix_cache());
+    assert!(log(&mut m).iter().all(|e| e.0 == Cleared));
+    assert_eq!(m.lookup(&tokens(0, 40), KEYS).tokens, 0);
+}

@@ -137,6 +137,7 @@ impl Manager {
             }
         }
         let needed = fresh + unused;
+        self.events.seal();
         check_room(op, &self.device.pool, &mut self.stats, slots, fresh + held, needed)?;
 
         // R5: the hits of all groups leave the free queue before any group takes a block from it.
@@ -169,7 +170,7 @@ impl Manager {
             }
             self.device.stats[g].hit_blocks += hits;
             let (first_live, considered) = (group.first_needed(hit), table.len());
-            tables.push(Row { table, first_live, considered, offered: 0 });
+            tables.push(Row { table, first_live, considered, ..Row::default() });
         }
         let mut sequence = Sequence {
             tokens,
@@ -237,6 +238,7 @@ impl Manager {
         }
         check_room(OP, &device.pool, stats, num_tokens, fresh + held, fresh)?;
         sequence.tokens.push(tokens);
+        events.seal();
         grow(groups, device, events, sequence, num_tokens, new_block);
         cache(groups, policy, device, events, sequence);
         Ok(())

@@ -38,15 +38,23 @@ pub struct Event {
 pub(super) struct Events {
     pub enabled: bool,
     log: Vec<Event>,
+    /// Events before this one belong to earlier operations.
+    sealed: usize,
 }
 
 impl Events {
-    /// Notes one block; it joins the latest event when that is of the same kind, group and tier.
+    /// Begins a new operation.
+    pub fn seal(&mut self) {
+        self.sealed = self.log.len();
+    }
+
+    /// Notes one block; it joins the latest event of the operation when that is of the same kind, group and
+    /// tier.
     pub fn push(&mut self, kind: EventKind, group: u32, tier: Tier, index: u32) {
         if !self.enabled {
             return;
         }
-        match self.log.last_mut() {
+        match self.log[self.sealed..].last_mut() {
             Some(last) if (last.kind, last.group, last.tier) == (kind, group, tier) => {
                 last.indices.push(index);
             }
@@ -63,6 +71,7 @@ impl Events {
 
     /// All events since the last call, oldest first.
     pub fn drain(&mut self) -> Vec<Event> {
+        self.sealed = 0;
         std::mem::take(&mut self.log)
     }
 }

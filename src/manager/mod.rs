@@ -22,6 +22,8 @@ mod stats;
 mod tiers;
 mod transfer;
 
+use std::collections::HashSet;
+
 pub use self::events::{Event, EventKind, Tier};
 pub use self::hash::{BlockHash, HashedTokens};
 pub use self::stats::{Stats, TierStats, TransferStats, Usage};
@@ -349,6 +351,7 @@ impl Manager {
         check_loaded(OP, seq, sequence)?;
         sequence.computed = computed;
         sequence.settled = settled;
+        self.events.seal();
         if sequence.repaired {
             cache(&self.groups, &self.policy, &mut self.device, &mut self.events, sequence);
             sequence.repaired = computed < sequence.tokens.len();
@@ -385,11 +388,9 @@ impl Manager {
         if let Some(host) = &mut self.host {
             // Its copies on the host become recent, the start of the sequence most of all.
             for (g, (group, row)) in self.groups.iter().zip(&sequence.rows).enumerate() {
-                for b in (0..row.offered).rev() {
-                    if self.policy.keeps(group, &sequence.boundaries, b)
-                        && let Some(slot) =
-                            host.find(g, &sequence.tokens.hashes()[group.key_index(b)])
-                    {
+                for &b in row.stored.iter().rev() {
+                    let hash = &sequence.tokens.hashes()[group.key_index(b as usize)];
+                    if let Some(slot) = host.find(g, hash) {
                         host.touch(slot);
                     }
                 }
@@ -405,13 +406,14 @@ impl Manager {
         let Some(sequence) = self.sequences.get(&seq) else {
             return Err(Error::new("abort", ErrorKind::UnknownSequence(seq)));
         };
-        let mut shared = Vec::new();
+        self.events.seal();
+        let mut shared = HashSet::new();
         for (g, (group, row)) in self.groups.iter().zip(&sequence.rows).enumerate() {
             let unsettled = (sequence.settled / group.block_size).min(row.table.len());
             for &id in row.table[unsettled..].iter().filter(|&&id| id != NULL) {
                 let block = *self.device.pool.block(id);
                 if block.users > 1 {
-                    shared.push((g, id));
+                    shared.insert(id);
                 }
                 if block.cached {
                     self.device.remove(id);
@@ -419,26 +421,22 @@ impl Manager {
                 }
             }
             if let Some(host) = &mut self.host {
-                for b in unsettled..row.offered {
-                    host.discard_hash(
-                        g,
-                        &sequence.tokens.hashes()[group.key_index(b)],
-                        &mut self.events,
-                    );
+                for &b in row.stored.iter().filter(|&&b| b as usize >= unsettled) {
+                    let hash = &sequence.tokens.hashes()[group.key_index(b as usize)];
+                    host.discard_hash(g, hash, &mut self.events);
                 }
             }
         }
-        let mut dependents: Vec<SeqId> = match shared.is_empty() {
-            true => Vec::new(),
-            false => self
-                .sequences
-                .iter()
-                .filter(|&(&id, other)| {
-                    id != seq && shared.iter().any(|(g, b)| other.rows[*g].table.contains(b))
-                })
-                .map(|(&id, _)| id)
-                .collect(),
+        let depends = |other: &Sequence| {
+            let mut ids = other.rows.iter().flat_map(|row| &row.table);
+            !shared.is_empty() && ids.any(|id| shared.contains(id))
         };
+        let mut dependents: Vec<SeqId> = self
+            .sequences
+            .iter()
+            .filter(|&(&id, other)| id != seq && depends(other))
+            .map(|(&id, _)| id)
+            .collect();
         dependents.sort_unstable();
         self.free(seq)?;
         Ok(dependents)
@@ -470,6 +468,7 @@ impl Manager {
         let block = *self.device.pool.block(id);
         if block.cached {
             self.device.remove(id);
+            self.events.seal();
             self.events.push(EventKind::Removed, group as u32, Tier::Device, block.index);
         }
         Ok(())

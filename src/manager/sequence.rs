@@ -15,6 +15,8 @@ pub(super) struct Row {
     pub considered: usize,
     /// Blocks before this one have been offered to the host tier.
     pub offered: usize,
+    /// Those of them that it took or had, ascending.
+    pub stored: Vec<u32>,
 }
 
 /// A live sequence.

@@ -1,18 +1,16 @@
 //! Transfers between the tiers: what is offered to the host, what is loaded from it, and what their
 //! completions change.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 use super::events::{EventKind, Tier};
-use super::groups::align_down;
 use super::hash::BlockHash;
 use super::pool::NULL;
 use super::prefix::fixed_point;
 use super::tiers::host::Offer;
 use super::*;
 
-/// Blocks offered to the host in one act: few enough that an offer succeeds in part when slots are short,
-/// the start of a sequence first.
+/// Blocks offered to the host in one act, all of which it takes or none; fewer when slots are short.
 const OFFER: usize = 64;
 
 /// A transfer that has not been answered.
@@ -83,6 +81,7 @@ impl Manager {
             return Err(Error::new("complete", ErrorKind::UnknownTransfer(id)));
         };
         let Transfer { direction, group, block, slot, seq, .. } = flight.transfer;
+        self.events.seal();
         let mut succeeded = outcome == Outcome::Succeeded;
         let stats = match direction {
             Direction::Offload => &mut self.stats.offloads,
@@ -140,7 +139,7 @@ impl Manager {
         let Self { groups, policy, device, sequences, events, .. } = self;
         let sequence = sequences.get_mut(&seq)?;
         let hit = sequence.computed;
-        let lost = std::mem::take(&mut sequence.lost);
+        let lost: HashSet<(usize, usize)> = sequence.lost.drain(..).collect();
         let whole =
             |g: usize, b: usize| sequence.rows[g].table[b] != NULL && !lost.contains(&(g, b));
         let valid = fixed_point(groups.iter().enumerate(), hit, policy.alignment, whole);
@@ -176,7 +175,8 @@ impl Manager {
             }
             row.first_live = group.first_needed(valid);
             row.considered = row.considered.min(valid / group.block_size);
-            row.offered = row.offered.min(valid / group.block_size);
+            // Nothing of it has been offered to the host: it has waited for its loads until now.
+            debug_assert!(row.stored.is_empty());
         }
         sequence.repaired = true;
         sequence.computed = valid;
@@ -185,7 +185,8 @@ impl Manager {
     }
 }
 
-/// Offers a sequence's computed and cached blocks to the host (write-through).
+/// Offers a sequence's computed and cached blocks to the host (write-through), the start first. It never gets
+/// more slots than there are, so that its end cannot push out its start.
 pub(super) fn offer(
     groups: &[Group],
     device: &mut DeviceTier,
@@ -195,11 +196,13 @@ pub(super) fn offer(
     stats: &mut Stats,
     sequence: &mut Sequence,
 ) {
-    let mut offers = Vec::with_capacity(OFFER);
+    let mut offers = Vec::new();
+    let mut stored: usize = sequence.rows.iter().map(|row| row.stored.len()).sum();
     for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
-        let computed = align_down(sequence.computed, group.block_size) / group.block_size;
-        while row.offered < computed {
-            let end = computed.min(row.offered + OFFER);
+        let computed = sequence.computed / group.block_size;
+        let mut most = OFFER;
+        while row.offered < computed && stored < host.capacity() {
+            let end = computed.min(row.offered + most.min(host.capacity() - stored));
             offers.clear();
             offers.extend(
                 (row.offered..end).filter(|&b| device.pool.block(row.table[b]).cached).map(|b| {
@@ -208,6 +211,10 @@ pub(super) fn offer(
                 }),
             );
             let Some(reserved) = host.reserve(&offers, events) else {
+                if most > 1 {
+                    most /= 2;
+                    continue;
+                }
                 // It is offered again with the next step.
                 stats.offloads_refused += 1;
                 break;
@@ -227,6 +234,8 @@ pub(super) fn offer(
                 flights.start(transfer, 0, hash, index as usize);
                 stats.offloads.started += 1;
             }
+            row.stored.extend(offers.iter().map(|offer| offer.index));
+            stored += offers.len();
             row.offered = end;
         }
     }
