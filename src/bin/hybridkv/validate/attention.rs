@@ -483,7 +483,10 @@ impl Buffers {
                 let last = qo_indptr.len() - 1;
                 qo_indptr[last] = (qo_indptr[last] - 1).max(qo_indptr[last - 1]);
             }
-            Some(Fault::Length) => kv_len[0] = (kv_len[0] - 1).max(0),
+            // Windows would reach back into blocks that do not exist.
+            Some(Fault::Length) if case.kind == AttentionKind::Full => {
+                kv_len[0] = (kv_len[0] - 1).max(0);
+            }
             Some(Fault::Nan) => {
                 if let Some(token) = problem.needed[0].iter().position(|&needed| needed) {
                     pool[problem.key_index(case, plan, 0, 0, token)] = POISON;

@@ -22,13 +22,13 @@ pub struct Bed {
 /// Damage to the inputs of a kernel that its reference does not get.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Fault {
-    /// The window or chunk is one token larger.
+    /// A sliding window is one token smaller.
     Window,
     /// Two entries of the block table, the list of slots or the descriptors are swapped.
     Swap,
     /// One token, state or fragment is left out: its output stays unwritten.
     Skip,
-    /// One sequence is a token longer; one state weighs more.
+    /// One sequence is a token shorter; one state weighs more; one fragment ends early.
     Length,
     /// A NaN stands where a key, a value or a source is.
     Nan,

@@ -301,7 +301,7 @@ impl<'a> Problem<'a> {
             reserved: [0; 3],
         };
         let mut kv_len: Vec<i32> = self.seqs.iter().map(|seq| seq.kv_len as i32).collect();
-        if bed.fault == Some(Fault::Length) {
+        if bed.fault == Some(Fault::Length) && case.kind == Full {
             kv_len[0] -= 1;
         }
         let tokens = self.qo_indptr[self.seqs.len()];
