@@ -150,7 +150,7 @@ fn load(batch: &Batch, kernels: &Kernels, bounds: Option<(u32, u32)>) -> Loaded 
         },
         windows: WindowTable { rows: span(6), num_layers: 1 },
         layer: 0,
-        sink_logits: batch.sink_logits.then(|| span(7)),
+        sink_logits: batch.sink_logits.then_some(span(7)),
         num_qo_heads: batch.heads() as u32,
         num_seqs: batch.seqs.len() as u32,
         num_tokens: batch.tokens() as u32,
@@ -190,7 +190,7 @@ fn expected(batch: &Batch) -> Vec<State> {
             let logits = Logits {
                 sm_scale: SCALE.into(),
                 soft_cap: CAP.into(),
-                sink: batch.sink_logits.then(|| head as f64 * 0.5 - 1.0),
+                sink: batch.sink_logits.then_some(head as f64 * 0.5 - 1.0),
             };
             states.push(reference::attend(&row(2, token, head), &keys, &values, &visible, logits));
         }

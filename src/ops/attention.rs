@@ -268,7 +268,7 @@ impl Plan {
         let tiles = all_rows / tile_rows + u64::from(args.num_seqs);
         let state_bytes = all_rows * kv_heads * state_bytes(args.kv.shape.head_dim);
         let splits = prefill_splits(
-            all_rows.div_ceil(tile_rows) * kv_heads,
+            all_rows.div_ceil(tile_rows).max(args.num_seqs.into()) * kv_heads,
             args.max_kv_len.into(),
             sms * CTAS_PER_SM,
             MAX_PREFILL_PARTIAL_BYTES / state_bytes.max(1),
@@ -279,9 +279,9 @@ impl Plan {
 
 /// Splits of a decode batch of `items` (sequence, KV head) pairs.
 ///
-/// A CTA streams keys at up to 50 GB/s (H100), so that one per multiprocessor saturates memory: more
-/// only add partial states. Beyond that, splits keep a long sequence among short ones from running alone
-/// at the end.
+/// A CTA streams keys at up to 50 GB/s (H100), so that one per multiprocessor saturates memory: fewer items
+/// than that are split to fill the device, and no further, since partial states cost. With more items,
+/// splits keep a long sequence among short ones from running alone at the end.
 fn decode_splits(items: u64, max_kv_len: u64, sms: u64) -> u32 {
     /// Tokens below which a split costs more than it saves: two slices per warp.
     const MIN_TOKENS: u64 = 128;
@@ -289,9 +289,12 @@ fn decode_splits(items: u64, max_kv_len: u64, sms: u64) -> u32 {
     const MAX_TOKENS: u64 = 16384;
     /// CTAs above which length is no reason to cut.
     const MAX_CTAS: u64 = 4096;
-    let to_fill = (sms / items).min(max_kv_len / MIN_TOKENS);
-    let to_level = max_kv_len.div_ceil(MAX_TOKENS).min(MAX_CTAS / items);
-    to_fill.max(to_level).max(1) as u32
+    let splits = if items < sms {
+        (sms / items).min(max_kv_len / MIN_TOKENS)
+    } else {
+        max_kv_len.div_ceil(MAX_TOKENS).min(MAX_CTAS / items)
+    };
+    splits.max(1) as u32
 }
 
 /// Bytes that the partial states of a prefill may take.
@@ -575,7 +578,7 @@ mod tests {
             (1, 8192, 64),
             (16, 32_768, 8),
             (1, 0, 1),
-            (1, 10_485_760, 640),
+            (1, 10_485_760, 132),
             (2048, 1_048_576, 2),
             (1 << 20, 1 << 20, 1),
         ] {
