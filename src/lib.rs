@@ -13,6 +13,7 @@ pub mod abi;
 pub mod device;
 pub mod engine;
 pub mod error;
+mod ffi;
 pub mod layout;
 pub mod manager;
 pub mod ops;

@@ -11,7 +11,7 @@ use crate::shell::{self, Result};
 use crate::toolchain::Cuda;
 
 /// Folders and files of the project that programs read when they run.
-const FILES: &[&str] = &["include", "validation", "tests"];
+const FILES: &[&str] = &["include", "kernels", "python", "tests", "validation"];
 
 const RUN_TESTS: &str = r#"#!/bin/sh
 # Runs every test binary of the bundle; arguments go to each of them. Fails when one of them fails.

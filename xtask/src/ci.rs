@@ -1,7 +1,8 @@
 //! The two commands that do everything: `run` and `test`.
 
-use std::io::Write;
-use std::process::Stdio;
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use crate::resources::ARCHS;
@@ -45,7 +46,6 @@ pub fn test(cuda: Cuda) -> Result {
     step("end to end", || {
         shell::run(&mut cargo(&["run", "--quiet", "--bin=hybridkv", "--", "run", "--device=cpu"]))
     })?;
-    step("tests", || shell::run(&mut cargo(&["test", "--workspace", "--no-fail-fast"])))?;
     // Says which committed reports were made from other kernels; measuring again needs a GPU.
     step("reports", || {
         let mut cargo = cargo(&["run", "--quiet", "--bin=hybridkv", "--", "report"]);
@@ -53,6 +53,9 @@ pub fn test(cuda: Cuda) -> Result {
             cargo.env("HYBRIDKV_PROVENANCE", provenance);
         }
         shell::run(&mut cargo)
+    })?;
+    step("tests", || {
+        run_tests(&mut cargo(&["test", "--workspace", "--no-fail-fast", "--", "--show-output"]))
     })?;
     println!(
         "\nall green in {:.0} s{}",
@@ -62,6 +65,34 @@ pub fn test(cuda: Cuda) -> Result {
             Cuda::Off => " (without GPU kernels)",
         }
     );
+    Ok(())
+}
+
+/// Runs tests. Of what those that pass say, the lines that begin with `SKIPPED` are shown, and told at
+/// the end once more.
+fn run_tests(cargo: &mut Command) -> Result {
+    let mut tests = shell::start(cargo.stdout(Stdio::piped()))?;
+    let mut skipped: BTreeMap<String, usize> = BTreeMap::new();
+    let mut of_passed = false;
+    for line in BufReader::new(tests.stdout.take().ok_or("no output")?).lines() {
+        let line = line.map_err(|error| format!("output of cargo test: {error}"))?;
+        match line.as_str() {
+            "successes:" => of_passed = true,
+            "failures:" => of_passed = false,
+            _ if line.starts_with("test result:") => of_passed = false,
+            _ => {}
+        }
+        if line.starts_with("SKIPPED") {
+            *skipped.entry(line.clone()).or_default() += 1;
+        } else if of_passed {
+            continue;
+        }
+        println!("{line}");
+    }
+    shell::finish(cargo, tests)?;
+    for (line, count) in skipped {
+        println!("{count} x {line}");
+    }
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 /// What a task gives: a value, or the sentence that says what went wrong.
 pub type Result<T = ()> = std::result::Result<T, String>;
@@ -26,7 +26,18 @@ pub fn cargo() -> Command {
 
 /// Runs a program to its end; a failure names it.
 pub fn run(command: &mut Command) -> Result {
-    let status = command.status().map_err(|error| not_started(command, &error))?;
+    let child = start(command)?;
+    finish(command, child)
+}
+
+/// Starts a program.
+pub fn start(command: &mut Command) -> Result<Child> {
+    command.spawn().map_err(|error| not_started(command, &error))
+}
+
+/// Waits for a program that [`start`] started.
+pub fn finish(command: &Command, mut child: Child) -> Result {
+    let status = child.wait().map_err(|error| format!("{}: {error}", shown(command)))?;
     if status.success() { Ok(()) } else { Err(format!("{} failed ({status})", shown(command))) }
 }
 

@@ -1,0 +1,252 @@
+// hybridkv: paged attention over hybrid KV caches, and the movement of their blocks, by raw
+// pointers.
+//
+// A device is opened once, its kernels are loaded once, and each operation takes a struct of
+// arguments and a stream. Operations allocate nothing, never synchronise and can be captured in a
+// CUDA graph; arrays on the device may hold other values when the graph is replayed. On the CPU
+// device "device memory" is host memory, the stream is NULL, and an operation is done when it
+// returns.
+//
+// Every function that can fail returns a hkv_status, and hkv_last_error() says in words what was
+// given, what is supported and what to do. After a failure nothing has been launched and nothing
+// was written.
+//
+// Handles may be used from any thread. A kernels handle keeps its device alive.
+//
+// Conventions
+//   strides count elements; a shape in brackets is row-major unless strides are given beside it
+//   T tokens in the batch, S sequences, G layer groups, L layers, Hq query heads, Hk KV heads, D
+//   head_dim LSE is the natural-log log-sum-exp of the scaled logits, -inf for a row that sees no
+//   key "device" arrays are read by the kernel when it runs and have to stay valid until then
+#ifndef HYBRIDKV_H_
+#define HYBRIDKV_H_
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Changes when a struct or a function here changes. Compare with hkv_abi_version().
+#define HKV_ABI_VERSION 1u
+
+// What a call came to.
+typedef enum hkv_status {
+  HKV_OK = 0,
+  HKV_INVALID_ARGUMENT = 1,  // can never be served as given
+  HKV_UNSUPPORTED = 2,       // a value outside of what is supported; the message names what is
+  HKV_NO_DRIVER = 3,         // no CUDA driver, or too old a one
+  HKV_NO_DEVICE = 4,         // no CUDA device of this ordinal
+  HKV_NO_KERNELS = 5,        // no kernel image for this GPU in this build
+  HKV_OUT_OF_MEMORY = 6,
+  HKV_CUDA_ERROR = 7,      // a driver call failed
+  HKV_INTERNAL_ERROR = 8,  // a bug of the library
+} hkv_status;
+
+// Element types of queries, keys, values and outputs.
+enum hkv_dtype {
+  HKV_DTYPE_BF16 = 0,
+  HKV_DTYPE_F16 = 1,
+  HKV_DTYPE_F32 = 2,  // partial states only
+};
+
+// Which keys `j <= i` a query at absolute position `i` sees (0-based, besides the sink tokens).
+enum hkv_layer_kind {
+  HKV_LAYER_FULL = 0,     // every j
+  HKV_LAYER_SLIDING = 1,  // i - j < extent
+  HKV_LAYER_CHUNKED = 2,  // i / extent == j / extent
+};
+
+// One row of the window table, a device array indexed by layer: what makes the kind of a layer
+// data.
+typedef struct hkv_window {
+  int32_t kind;         // enum hkv_layer_kind
+  int32_t extent;       // window or chunk in tokens; unused for full layers
+  int32_t sink_tokens;  // every j < sink_tokens is visible too
+  int32_t group;        // layer group: the row of the block tables
+  int32_t layer_slot;   // index of the layer inside a block of its group
+  int32_t reserved[3];  // zero; rows are 32 bytes
+} hkv_window;
+
+// One contiguous fragment of a batched move. Addresses and size are multiples of 16 bytes.
+typedef struct hkv_copy {
+  const void* src;
+  void* dst;
+  uint64_t bytes;
+} hkv_copy;
+
+// A piece of memory. What an operation will reach is checked against its length.
+typedef struct hkv_span {
+  void* data;      // NULL: not given
+  uint64_t bytes;  // from data on
+} hkv_span;
+
+// Strides of a [token, head, D] tensor whose last dimension is contiguous.
+typedef struct hkv_head_strides {
+  int64_t token;
+  int64_t head;
+} hkv_head_strides;
+
+// K and V of one pool of blocks. Token t of block b, layer slot l, head h lies at
+//   k + b * stride_block + l * stride_layer + h * stride_head + t * stride_token
+// with D contiguous elements, and the same for v: every layout is a choice of bases and strides.
+typedef struct hkv_kv {
+  hkv_span k;            // from the first element of K on, 16-byte aligned
+  hkv_span v;            // from the first element of V on, 16-byte aligned
+  int64_t stride_block;  // this and the others: multiples of 16 bytes
+  int64_t stride_layer;  // 0 where every layer has a base of its own
+  int64_t stride_head;
+  int64_t stride_token;
+  uint64_t num_blocks;       // blocks that a block table may name
+  uint32_t num_layer_slots;  // layer slots per block that a window table may name
+  uint32_t block_size;       // tokens per block: 8, 16, 32, 64, 128
+  uint32_t num_kv_heads;     // Hk
+  uint32_t head_dim;         // D: 64, 128, 256
+  uint32_t dtype;            // enum hkv_dtype: bf16 or f16
+  uint32_t reserved;         // zero
+} hkv_kv;
+
+// Arguments of hkv_append.
+typedef struct hkv_append_args {
+  uint64_t struct_bytes;  // sizeof(hkv_append_args)
+  hkv_kv kv;
+  hkv_span k_new;  // [T, Hk, D] of kv.dtype, strides below
+  hkv_span v_new;  // [T, Hk, D] of kv.dtype, strides below
+  hkv_head_strides new_strides;
+  hkv_span
+      slot_mapping;     // [G, T] int64 device: block_id * block_size + offset, or negative to skip
+  hkv_span windows;     // [L] hkv_window device
+  uint32_t num_groups;  // G
+  uint32_t num_layers;  // L
+  uint32_t layer;       // the layer to write
+  uint32_t num_tokens;  // T; 0 is a no-op
+} hkv_append_args;
+
+// Arguments of hkv_attention. Query token t of sequence s has absolute position
+// kv_len[s] - q_len + t, where q_len = qo_indptr[s + 1] - qo_indptr[s].
+//
+// Row (g, s) of the block tables starts at block_ids[block_row[g * S + s]] and lists the blocks of
+// the sequence that are live in group g: those of the sink tokens, if the group has any, and then
+// all from block first_block[g * S + s] on.
+typedef struct hkv_attention_args {
+  uint64_t struct_bytes;  // sizeof(hkv_attention_args)
+  hkv_kv kv;
+  hkv_span q;  // [T, Hq, D] of kv.dtype, strides below
+  hkv_head_strides q_strides;
+  hkv_span out;  // [T, Hq, D] of kv.dtype, strides below
+  hkv_head_strides out_strides;
+  hkv_span lse;           // [T, Hq] float, or not given
+  hkv_span qo_indptr;     // [S + 1] int32 device
+  hkv_span kv_len;        // [S] int32 device: tokens of each sequence, the new ones included
+  hkv_span block_ids;     // int32 device, all rows
+  hkv_span block_row;     // [G, S] int64 device
+  hkv_span first_block;   // [G, S] int32 device, or not given: every row starts at block 0
+  hkv_span windows;       // [L] hkv_window device
+  hkv_span sink_logits;   // [Hq] float device, learned (gpt-oss), or not given
+  hkv_span workspace;     // device, hkv_attention_workspace() bytes
+  uint32_t num_groups;    // G
+  uint32_t num_layers;    // L
+  uint32_t layer;         // the layer to attend
+  uint32_t num_seqs;      // S; 0 is a no-op
+  uint32_t num_tokens;    // T, an upper bound for every replay of a graph; 0 is a no-op
+  uint32_t num_qo_heads;  // Hq, a multiple of Hk
+  uint32_t max_q_len;     // upper bound on the query tokens of one sequence
+  uint32_t max_kv_len;    // upper bound on the visible tokens of one sequence in this layer
+  float sm_scale;         // factor of the logits, usually 1 / sqrt(D)
+  float logits_soft_cap;  // 0: none; else logits become cap * tanh(logits / cap)
+} hkv_attention_args;
+
+// Arguments of hkv_merge_states. Rows are (token, head) pairs.
+typedef struct hkv_merge_args {
+  uint64_t struct_bytes;  // sizeof(hkv_merge_args)
+  hkv_span states;        // [num_states, T * Hq, D] of in_dtype
+  hkv_span state_lse;     // [num_states, T * Hq] float; -inf is the identity
+  hkv_span out;           // [T, Hq, D] of out_dtype, strides below
+  hkv_head_strides out_strides;
+  hkv_span lse;          // [T, Hq] float, or not given
+  hkv_span sink_logits;  // [Hq] float: adds exp(sink) to the denominator once; or not given
+  hkv_span live_tokens;  // one int32 device: rows of tokens from it on are left alone; or not given
+  uint32_t in_dtype;     // enum hkv_dtype
+  uint32_t out_dtype;    // enum hkv_dtype
+  uint32_t num_states;   // none give output 0 and LSE -inf
+  uint32_t num_tokens;   // T; 0 is a no-op
+  uint32_t num_qo_heads;
+  uint32_t head_dim;
+} hkv_merge_args;
+
+// Arguments of hkv_move_blocks.
+typedef struct hkv_move_args {
+  uint64_t struct_bytes;  // sizeof(hkv_move_args)
+  hkv_span copies;        // [num_copies] hkv_copy, in device or pinned host memory
+  uint64_t num_copies;    // 0 is a no-op
+  uint32_t max_ctas;      // CTAs the move may occupy; 0: the whole device. 4 fill a PCIe 5 link
+  uint32_t reserved;      // zero
+} hkv_move_args;
+
+// A device. Destroyed when no handle refers to it any more.
+typedef struct hkv_device hkv_device;
+
+// The kernels of a device, loaded.
+typedef struct hkv_kernels hkv_kernels;
+
+// HKV_ABI_VERSION of the library that is linked.
+uint32_t hkv_abi_version(void);
+
+// Version of the library that is linked, "0.1.0".
+const char* hkv_version(void);
+
+// Name of a status, "HKV_OK".
+const char* hkv_status_name(hkv_status status);
+
+// What went wrong in the last call of this thread that failed; "" before any. Valid until the
+// thread's next failure.
+const char* hkv_last_error(void);
+
+// Opens the CPU device, which is always there and runs every operation from reference code.
+hkv_status hkv_device_cpu(hkv_device** device);
+
+// Opens the CUDA device of this ordinal, on its primary context.
+hkv_status hkv_device_cuda(uint32_t ordinal, hkv_device** device);
+
+// Gives up a device. NULL is ignored.
+void hkv_device_destroy(hkv_device* device);
+
+// Name of the device, valid as long as the handle.
+const char* hkv_device_name(const hkv_device* device);
+
+// Loads all kernels of a device.
+hkv_status hkv_kernels_load(const hkv_device* device, hkv_kernels** kernels);
+
+// The same in checking mode, for debugging: every operation waits for its stream, reads what its
+// kernel will read of slots, block tables, lengths, windows and copies, and fails instead of
+// running on a wrong one. Operations block and cannot be captured.
+hkv_status hkv_kernels_load_checked(const hkv_device* device, hkv_kernels** kernels);
+
+// Unloads kernels, once what they run is done. NULL is ignored.
+void hkv_kernels_destroy(hkv_kernels* kernels);
+
+// The operations. stream is a CUstream or cudaStream_t of the device, NULL for its default stream.
+// All memory has to stay valid until the stream has passed the operation.
+
+// Writes the K and V of new tokens into their slots.
+hkv_status hkv_append(const hkv_kernels* kernels, const hkv_append_args* args, void* stream);
+
+// Bytes of workspace that hkv_attention needs for these arguments (args->workspace is not looked
+// at).
+hkv_status hkv_attention_workspace(const hkv_kernels* kernels, const hkv_attention_args* args,
+                                   uint64_t* bytes);
+
+// Attends q to the live blocks of the sequences, for one layer of any kind.
+hkv_status hkv_attention(const hkv_kernels* kernels, const hkv_attention_args* args, void* stream);
+
+// Merges attention states of the same rows: out = sum_i w_i o_i, w = softmax over their LSE.
+hkv_status hkv_merge_states(const hkv_kernels* kernels, const hkv_merge_args* args, void* stream);
+
+// Copies every fragment of a table, between device and pinned host memory in any direction.
+hkv_status hkv_move_blocks(const hkv_kernels* kernels, const hkv_move_args* args, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // HYBRIDKV_H_

@@ -1,0 +1,347 @@
+"""hybridkv from Python: a thin face over the C ABI, by ctypes, without dependencies.
+
+Tensors are torch tensors, numpy arrays or anything with the buffer protocol; their memory is used in
+place, with the strides they have. Streams are raw handles: `torch.cuda.current_stream().cuda_stream`,
+0 for the default stream. Arguments keep the tensors that they were made of; keep them until the stream
+has passed the operation.
+
+    device = hybridkv.Device("cuda:0")
+    kernels = hybridkv.Kernels(device)
+    kv = hybridkv.KV(pool[:, :, 0], pool[:, :, 1])      # [block, layer slot, head, token, dim] each
+    kernels.append(hybridkv.append_args(kv, layer=0, k_new=k, v_new=v, ...), stream)
+    args = hybridkv.attention_args(kv, layer=0, q=q, out=out, ...)
+    args.workspace = hybridkv.span(torch.empty(kernels.attention_workspace(args), ...))
+    kernels.attention(args, stream)
+
+Shapes, letters and meanings are those of include/hybridkv.h. Failures raise `Error`.
+"""
+
+import ctypes
+import os
+import pathlib
+from ctypes import (
+    POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p, sizeof,
+)
+
+ABI_VERSION = 1
+BF16, F16, F32 = 0, 1, 2
+FULL, SLIDING, CHUNKED = 0, 1, 2
+
+_DTYPES = {
+    "torch.bfloat16": BF16, "torch.float16": F16, "torch.float32": F32,
+    "bfloat16": BF16, "float16": F16, "float32": F32,
+}
+
+
+class Error(RuntimeError):
+    """A call that failed: the name of its status and what the library says."""
+
+    def __init__(self, status, message):
+        super().__init__(f"{status}: {message}")
+        self.status = status
+
+
+class Span(Structure):
+    """A piece of memory; a null address stands for "not given"."""
+
+    _fields_ = [("data", c_void_p), ("bytes", c_uint64)]
+
+
+class HeadStrides(Structure):
+    """Strides of a [token, head, dim] tensor, in elements."""
+
+    _fields_ = [("token", c_int64), ("head", c_int64)]
+
+
+class Window(Structure):
+    """A row of the window table."""
+
+    _fields_ = [
+        ("kind", c_int32), ("extent", c_int32), ("sink_tokens", c_int32), ("group", c_int32),
+        ("layer_slot", c_int32), ("reserved", c_int32 * 3),
+    ]
+
+
+class Copy(Structure):
+    """A fragment of a batched move."""
+
+    _fields_ = [("src", c_void_p), ("dst", c_void_p), ("bytes", c_uint64)]
+
+
+class _KV(Structure):
+    _fields_ = [
+        ("k", Span), ("v", Span), ("stride_block", c_int64), ("stride_layer", c_int64),
+        ("stride_head", c_int64), ("stride_token", c_int64), ("num_blocks", c_uint64),
+        ("num_layer_slots", c_uint32), ("block_size", c_uint32), ("num_kv_heads", c_uint32),
+        ("head_dim", c_uint32), ("dtype", c_uint32), ("reserved", c_uint32),
+    ]
+
+
+class AppendArgs(Structure):
+    _fields_ = [
+        ("struct_bytes", c_uint64), ("kv", _KV), ("k_new", Span), ("v_new", Span),
+        ("new_strides", HeadStrides), ("slot_mapping", Span), ("windows", Span), ("num_groups", c_uint32),
+        ("num_layers", c_uint32), ("layer", c_uint32), ("num_tokens", c_uint32),
+    ]
+
+
+class AttentionArgs(Structure):
+    _fields_ = [
+        ("struct_bytes", c_uint64), ("kv", _KV), ("q", Span), ("q_strides", HeadStrides), ("out", Span),
+        ("out_strides", HeadStrides), ("lse", Span), ("qo_indptr", Span), ("kv_len", Span),
+        ("block_ids", Span), ("block_row", Span), ("first_block", Span), ("windows", Span),
+        ("sink_logits", Span), ("workspace", Span), ("num_groups", c_uint32), ("num_layers", c_uint32),
+        ("layer", c_uint32), ("num_seqs", c_uint32), ("num_tokens", c_uint32), ("num_qo_heads", c_uint32),
+        ("max_q_len", c_uint32), ("max_kv_len", c_uint32), ("sm_scale", c_float),
+        ("logits_soft_cap", c_float),
+    ]
+
+
+class MergeArgs(Structure):
+    _fields_ = [
+        ("struct_bytes", c_uint64), ("states", Span), ("state_lse", Span), ("out", Span),
+        ("out_strides", HeadStrides), ("lse", Span), ("sink_logits", Span), ("live_tokens", Span),
+        ("in_dtype", c_uint32), ("out_dtype", c_uint32), ("num_states", c_uint32), ("num_tokens", c_uint32),
+        ("num_qo_heads", c_uint32), ("head_dim", c_uint32),
+    ]
+
+
+class MoveArgs(Structure):
+    _fields_ = [
+        ("struct_bytes", c_uint64), ("copies", Span), ("num_copies", c_uint64), ("max_ctas", c_uint32),
+        ("reserved", c_uint32),
+    ]
+
+
+class View:
+    """Address, shape and strides (in elements) of a tensor."""
+
+    def __init__(self, tensor):
+        if hasattr(tensor, "data_ptr"):
+            self.address, self.item = tensor.data_ptr(), tensor.element_size()
+            self.shape, self.strides = tuple(tensor.shape), tuple(tensor.stride())
+            self.dtype = _DTYPES.get(str(tensor.dtype))
+            return
+        if hasattr(tensor, "__array_interface__"):
+            self.address, self.item = tensor.ctypes.data, tensor.itemsize
+            self.dtype = _DTYPES.get(str(tensor.dtype))
+            shape, strides = tensor.shape, tensor.strides
+        else:
+            memory = memoryview(tensor)
+            self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory)) if memory.nbytes else 0
+            self.item, self.dtype = memory.itemsize, {"f": F32}.get(memory.format)
+            shape, strides = memory.shape, memory.strides
+        if any(stride % self.item for stride in strides):
+            raise ValueError("strides are no multiples of the element size")
+        self.shape, self.strides = tuple(shape), tuple(stride // self.item for stride in strides)
+
+    def span(self):
+        """From the first element to the end of the last one."""
+        if 0 in self.shape:
+            return Span(self.address, 0)
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides))
+        return Span(self.address, (last + 1) * self.item)
+
+    def head_strides(self):
+        """Of a [token, head, dim] tensor."""
+        if len(self.shape) != 3 or (self.shape[2] > 1 and self.strides[2] != 1):
+            raise ValueError(f"a [token, head, dim] tensor with contiguous dim is needed, not {self.shape}")
+        return HeadStrides(self.strides[0], self.strides[1])
+
+
+def span(tensor):
+    """The memory of a tensor; `None` is "not given"."""
+    return Span() if tensor is None else View(tensor).span()
+
+
+class KV:
+    """K and V of a pool of blocks: [block, layer slot, head, token, dim] each, or with `layout="NHD"`
+    [block, layer slot, token, head, dim]. `dtype` where the tensors do not say."""
+
+    def __init__(self, k, v, layout="HND", dtype=None):
+        views = View(k), View(v)
+        if len({(view.shape, view.strides) for view in views}) != 1 or len(views[0].shape) != 5:
+            raise ValueError("k and v are 5-dimensional, of one shape and with the same strides")
+        shape, strides = views[0].shape, views[0].strides
+        if strides[4] != 1:
+            raise ValueError("the last dimension is contiguous")
+        head, token = {"HND": (2, 3), "NHD": (3, 2)}[layout]
+        self._kept = k, v
+        self.view = _KV(
+            k=views[0].span(), v=views[1].span(), stride_block=strides[0], stride_layer=strides[1],
+            stride_head=strides[head], stride_token=strides[token], num_blocks=shape[0],
+            num_layer_slots=shape[1], block_size=shape[token], num_kv_heads=shape[head],
+            head_dim=shape[4], dtype=_dtype(views[0], dtype),
+        )
+
+
+def _dtype(view, given):
+    dtype = view.dtype if given is None else given
+    if dtype is None:
+        raise ValueError("the type of the elements is not known: give dtype")
+    return dtype
+
+
+def _keeping(args, *tensors):
+    args.kept = tensors
+    return args
+
+
+def append_args(kv, *, layer, k_new, v_new, slot_mapping, windows):
+    """k_new, v_new [T, Hk, D]; slot_mapping [G, T] int64; windows [L] rows of 32 bytes."""
+    k, v, slots = View(k_new), View(v_new), View(slot_mapping)
+    if k.shape != v.shape or k.strides != v.strides:
+        raise ValueError("k_new and v_new are of one shape and have the same strides")
+    if slots.shape[-1] != k.shape[0] or slots.item != 8:
+        raise ValueError("slot_mapping is [groups, tokens] of int64")
+    table = span(windows)
+    args = AppendArgs(
+        struct_bytes=sizeof(AppendArgs), kv=kv.view, k_new=k.span(), v_new=v.span(),
+        new_strides=k.head_strides(), slot_mapping=slots.span(), windows=table,
+        num_groups=slots.shape[0], num_layers=table.bytes // sizeof(Window), layer=layer,
+        num_tokens=k.shape[0],
+    )
+    return _keeping(args, kv, k_new, v_new, slot_mapping, windows)
+
+
+def attention_args(
+    kv, *, layer, q, out, qo_indptr, kv_len, block_ids, block_row, windows, max_q_len, max_kv_len,
+    first_block=None, lse=None, sink_logits=None, workspace=None, sm_scale=None, logits_soft_cap=0.0,
+):
+    """q, out [T, Hq, D]; qo_indptr [S + 1], kv_len [S], block_ids int32; block_row [G, S] int64;
+    first_block [G, S] int32; lse [T, Hq], sink_logits [Hq] float32; windows [L] rows of 32 bytes."""
+    query, output, rows = View(q), View(out), View(block_row)
+    if query.shape != output.shape:
+        raise ValueError("q and out are of one shape")
+    table = span(windows)
+    args = AttentionArgs(
+        struct_bytes=sizeof(AttentionArgs), kv=kv.view, q=query.span(), q_strides=query.head_strides(),
+        out=output.span(), out_strides=output.head_strides(), lse=span(lse), qo_indptr=span(qo_indptr),
+        kv_len=span(kv_len), block_ids=span(block_ids), block_row=rows.span(),
+        first_block=span(first_block), windows=table, sink_logits=span(sink_logits),
+        workspace=span(workspace), num_groups=rows.shape[0], num_layers=table.bytes // sizeof(Window),
+        layer=layer, num_seqs=View(kv_len).shape[0], num_tokens=query.shape[0],
+        num_qo_heads=query.shape[1], max_q_len=max_q_len, max_kv_len=max_kv_len,
+        sm_scale=query.shape[2] ** -0.5 if sm_scale is None else sm_scale,
+        logits_soft_cap=logits_soft_cap,
+    )
+    return _keeping(
+        args, kv, q, out, lse, qo_indptr, kv_len, block_ids, block_row, first_block, windows, sink_logits,
+        workspace,
+    )
+
+
+def merge_args(
+    *, states, state_lse, out, lse=None, sink_logits=None, live_tokens=None, in_dtype=None, out_dtype=None
+):
+    """states [N, T, Hq, D]; out [T, Hq, D]; state_lse [N, T, Hq], lse [T, Hq], sink_logits [Hq] float32;
+    live_tokens one int32."""
+    partial, output = View(states), View(out)
+    if partial.shape[1:] != output.shape:
+        raise ValueError("states is [states, *out.shape]")
+    args = MergeArgs(
+        struct_bytes=sizeof(MergeArgs), states=partial.span(), state_lse=span(state_lse),
+        out=output.span(), out_strides=output.head_strides(), lse=span(lse),
+        sink_logits=span(sink_logits), live_tokens=span(live_tokens),
+        in_dtype=_dtype(partial, in_dtype),
+        out_dtype=_dtype(output, out_dtype), num_states=partial.shape[0], num_tokens=output.shape[0],
+        num_qo_heads=output.shape[1], head_dim=output.shape[2],
+    )
+    return _keeping(args, states, state_lse, out, lse, sink_logits, live_tokens)
+
+
+def move_args(copies, num_copies, max_ctas=0):
+    """copies: `num_copies` rows (src, dst, bytes) of 64-bit integers, on the device or pinned."""
+    args = MoveArgs(
+        struct_bytes=sizeof(MoveArgs), copies=span(copies), num_copies=num_copies, max_ctas=max_ctas
+    )
+    return _keeping(args, copies)
+
+
+class Device:
+    """`cpu` or `cuda:N`."""
+
+    def __init__(self, name="cpu"):
+        self._library, self._handle = library(), c_void_p()
+        kind, _, ordinal = name.partition(":")
+        if kind == "cpu":
+            _call("hkv_device_cpu", byref(self._handle))
+        elif kind == "cuda":
+            _call("hkv_device_cuda", c_uint32(int(ordinal or 0)), byref(self._handle))
+        else:
+            raise ValueError(f"a device is cpu or cuda:N, not {name}")
+
+    @property
+    def name(self):
+        """What the driver calls the device."""
+        return self._library.hkv_device_name(self._handle).decode()
+
+    def __del__(self):
+        if getattr(self, "_handle", None):
+            self._library.hkv_device_destroy(self._handle)
+
+
+class Kernels:
+    """The kernels of a device, loaded; `checked` validates what is in device tables before each launch."""
+
+    def __init__(self, device, checked=False):
+        self._library, self._handle = library(), c_void_p()
+        load = "hkv_kernels_load_checked" if checked else "hkv_kernels_load"
+        _call(load, device._handle, byref(self._handle))
+
+    def append(self, args, stream=0):
+        """Writes the K and V of new tokens into their slots."""
+        _call("hkv_append", self._handle, byref(args), c_void_p(stream))
+
+    def attention_workspace(self, args):
+        """Bytes of device memory that `attention` needs as its workspace for these arguments."""
+        size = c_uint64()
+        _call("hkv_attention_workspace", self._handle, byref(args), byref(size))
+        return size.value
+
+    def attention(self, args, stream=0):
+        """Attends the queries to the live blocks of their sequences."""
+        _call("hkv_attention", self._handle, byref(args), c_void_p(stream))
+
+    def merge_states(self, args, stream=0):
+        """Merges attention states of the same rows."""
+        _call("hkv_merge_states", self._handle, byref(args), c_void_p(stream))
+
+    def move_blocks(self, args, stream=0):
+        """Copies every fragment of a table."""
+        _call("hkv_move_blocks", self._handle, byref(args), c_void_p(stream))
+
+    def __del__(self):
+        if getattr(self, "_handle", None):
+            self._library.hkv_kernels_destroy(self._handle)
+
+
+_loaded = None
+
+
+def library():
+    """The shared library: `HYBRIDKV_LIB`, or the one built in, or bundled with, this project."""
+    global _loaded
+    if _loaded is None:
+        root = pathlib.Path(__file__).resolve().parent.parent
+        folders = ["lib", "target/release", "target/debug", "target/debug/deps"]
+        places = [root / folder / "libhybridkv.so" for folder in folders]
+        path = os.environ.get("HYBRIDKV_LIB") or next((p for p in places if p.is_file()), None)
+        if path is None:
+            raise OSError("libhybridkv.so was not found: build it with cargo, or set HYBRIDKV_LIB")
+        loaded = ctypes.CDLL(str(path))
+        for name in ["hkv_last_error", "hkv_version", "hkv_status_name", "hkv_device_name"]:
+            getattr(loaded, name).restype = c_char_p
+        for name in ["hkv_device_destroy", "hkv_kernels_destroy", "hkv_device_name"]:
+            getattr(loaded, name).argtypes = [c_void_p]
+        if loaded.hkv_abi_version() != ABI_VERSION:
+            raise OSError(f"{path} has ABI version {loaded.hkv_abi_version()}, not {ABI_VERSION}")
+        _loaded = loaded
+    return _loaded
+
+
+def _call(name, *arguments):
+    loaded = library()
+    status = getattr(loaded, name)(*arguments)
+    if status != 0:
+        raise Error(loaded.hkv_status_name(status).decode(), loaded.hkv_last_error().decode())

@@ -1,0 +1,125 @@
+"""Drives every operation on the CPU device with nothing but the standard library."""
+
+import math
+import random
+import struct
+import unittest
+from array import array
+
+import hybridkv as hkv
+
+BLOCK, DIM, HEADS, GROUPS, TOKENS = 8, 64, 2, 2, 21
+
+
+def halves(values):
+    """IEEE half-precision numbers as 16-bit words, in memory that starts at a multiple of 16 bytes."""
+    return array("H", struct.unpack(f"{len(values)}H", struct.pack(f"{len(values)}e", *values)))
+
+
+def numbers(words):
+    return struct.unpack(f"{len(words)}e", bytes(words))
+
+
+def tensor(words, *shape):
+    return memoryview(words).cast("B").cast(memoryview(words).format, shape)
+
+
+def sink_attention(q, keys, values, sink):
+    """Output and LSE of one query, in double precision."""
+    logits = [sum(a * b for a, b in zip(q, key)) / math.sqrt(DIM) for key in keys]
+    top = max(logits + [sink])
+    weights = [math.exp(logit - top) for logit in logits]
+    total = sum(weights) + math.exp(sink - top)
+    out = [sum(w * value[d] for w, value in zip(weights, values)) / total for d in range(DIM)]
+    return out, top + math.log(total)
+
+
+class OnTheCpu(unittest.TestCase):
+    def setUp(self):
+        self.draw = random.Random(7)
+        self.kernels = hkv.Kernels(hkv.Device("cpu"))
+
+    def gauss(self, count):
+        return halves([self.draw.gauss(0, 1) for _ in range(count)])
+
+    def test_append_and_attention_of_a_chunked_layer_with_a_sink_logit(self):
+        chunk, layer = 8, 1
+        windows = (hkv.Window * 2)(
+            hkv.Window(hkv.FULL, 0, 0, 0, 0), hkv.Window(hkv.CHUNKED, chunk, 0, 1, 0)
+        )
+        k_words, v_words = self.gauss(TOKENS * HEADS * DIM), self.gauss(TOKENS * HEADS * DIM)
+        nan = array("H", [0x7E00]) * (6 * HEADS * BLOCK * DIM)
+        k_pool, v_pool = nan[:], nan[:]
+        kv = hkv.KV(
+            tensor(k_pool, 6, 1, HEADS, BLOCK, DIM), tensor(v_pool, 6, 1, HEADS, BLOCK, DIM), dtype=hkv.F16
+        )
+        # Of the chunked group only the block of the last chunk, 16 .., is live.
+        slots = array("q", [-1] * TOKENS + [4 * BLOCK + t - 16 if t >= 16 else -1 for t in range(TOKENS)])
+        self.kernels.append(
+            hkv.append_args(
+                kv, layer=layer, k_new=tensor(k_words, TOKENS, HEADS, DIM),
+                v_new=tensor(v_words, TOKENS, HEADS, DIM), slot_mapping=tensor(slots, GROUPS, TOKENS),
+                windows=windows,
+            )
+        )
+        q_words, out_words = self.gauss(2 * HEADS * DIM), array("H", [0]) * (2 * HEADS * DIM)
+        lse, sinks = array("f", [0] * 2 * HEADS), array("f", [0.5, -1.0, 2.0, 0.0][: 2 * HEADS])
+        args = hkv.attention_args(
+            kv, layer=layer, q=tensor(q_words, 1, 2 * HEADS, DIM), out=tensor(out_words, 1, 2 * HEADS, DIM),
+            qo_indptr=array("i", [0, 1]), kv_len=array("i", [TOKENS]), block_ids=array("i", [4]),
+            block_row=tensor(array("q", [0, 0]), GROUPS, 1), windows=windows, max_q_len=1,
+            max_kv_len=chunk, first_block=tensor(array("i", [0, 2]), GROUPS, 1),
+            lse=tensor(lse, 1, 2 * HEADS), sink_logits=sinks,
+        )
+        workspace = bytearray(self.kernels.attention_workspace(args) + 16)
+        args.workspace = hkv.span(workspace)
+        self.kernels.attention(args)
+
+        k, v, q, out = map(numbers, (k_words, v_words, q_words, out_words))
+        at = lambda data, token, head: data[(token * HEADS + head) * DIM :][:DIM]
+        for head in range(2 * HEADS):
+            seen = range(16, TOKENS)
+            expected, expected_lse = sink_attention(
+                q[head * DIM :][:DIM], [at(k, t, head // 2) for t in seen],
+                [at(v, t, head // 2) for t in seen], sinks[head],
+            )
+            self.assertAlmostEqual(lse[head], expected_lse, delta=1e-3)
+            for d in range(DIM):
+                self.assertAlmostEqual(out[head * DIM + d], expected[d], delta=2e-3)
+
+    def test_merging_with_an_empty_state_is_the_identity(self):
+        state = array("f", [self.draw.gauss(0, 1) for _ in range(DIM)] + [math.nan] * DIM)
+        state_lse, out, lse = array("f", [1.5, -math.inf]), array("f", [0] * DIM), array("f", [0])
+        self.kernels.merge_states(
+            hkv.merge_args(
+                states=tensor(state, 2, 1, 1, DIM), state_lse=tensor(state_lse, 2, 1, 1),
+                out=tensor(out, 1, 1, DIM), lse=tensor(lse, 1, 1),
+            )
+        )
+        self.assertEqual(out, state[:DIM])
+        self.assertEqual(lse[0], 1.5)
+
+    def test_move_blocks(self):
+        source, target = array("Q", range(64)), array("Q", [0] * 64)
+        a, b = hkv.View(source).address, hkv.View(target).address
+        copies = (hkv.Copy * 2)(hkv.Copy(a, b + 256, 128), hkv.Copy(a + 256, b, 64))
+        self.kernels.move_blocks(hkv.move_args(copies, 2))
+        expected = [*range(32, 40), *[0] * 24, *range(16), *[0] * 16]
+        self.assertEqual(list(target), expected)
+
+    def test_checking_mode_reads_the_tables(self):
+        copies = (hkv.Copy * 1)(hkv.Copy(24, 48, 16))
+        with self.assertRaisesRegex(hkv.Error, "HKV_INVALID_ARGUMENT"):
+            hkv.Kernels(hkv.Device("cpu"), checked=True).move_blocks(hkv.move_args(copies, 1))
+
+    def test_failures_say_what_and_why(self):
+        with self.assertRaisesRegex(hkv.Error, "HKV_NO_(DRIVER|DEVICE)"):
+            hkv.Device("cuda:1000")
+        with self.assertRaisesRegex(hkv.Error, "HKV_INVALID_ARGUMENT.*struct_bytes is 0"):
+            self.kernels.append(hkv.AppendArgs())
+        with self.assertRaisesRegex(hkv.Error, "descriptor table has 24 bytes, 48 are needed"):
+            self.kernels.move_blocks(hkv.move_args((hkv.Copy * 1)(), 2))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,479 @@
+//! The C ABI declared by include/hybridkv.h: handles, argument structs, status codes.
+//!
+//! Every function turns its arguments into those of [`ops`](crate::ops) and passes them on; checking is
+//! done there. No panic and no borrowed memory crosses this border.
+
+#![allow(non_camel_case_types, reason = "the names are those of the header")]
+
+mod header;
+
+use std::cell::RefCell;
+use std::ffi::{CString, c_char, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::null_mut;
+
+use crate::abi::{HKV_DTYPE_BF16, HKV_DTYPE_F16, HKV_DTYPE_F32};
+use crate::device::{Device, Span};
+use crate::error::{Error, ErrorKind, Result};
+use crate::layout::{Dtype, KvShape, KvStrides, KvView};
+use crate::ops::{
+    AppendArgs, AttentionArgs, BlockTables, CtaQuota, HeadStrides, Kernels, MergeArgs, MoveArgs,
+    WindowTable,
+};
+use header::*;
+
+/// An open device.
+struct hkv_device {
+    device: Device,
+    name: CString,
+}
+
+/// The loaded kernels of a device.
+struct hkv_kernels {
+    kernels: Kernels,
+}
+
+thread_local! {
+    static LAST_ERROR: RefCell<CString> = RefCell::default();
+}
+
+/// Runs the body of a function of the ABI: a failure becomes a status and the thread's last error.
+fn guard(body: impl FnOnce() -> Result<()>) -> hkv_status {
+    let (status, message) = match catch_unwind(AssertUnwindSafe(body)) {
+        Ok(Ok(())) => return HKV_OK,
+        Ok(Err(error)) => (status(error.kind()), error.to_string()),
+        Err(payload) => {
+            let text = payload.downcast_ref::<String>().map(String::as_str);
+            let text = text.or(payload.downcast_ref::<&str>().copied()).unwrap_or("no message");
+            (HKV_INTERNAL_ERROR, format!("a bug of hybridkv, please report it: {text}"))
+        }
+    };
+    let message = CString::new(message.replace('\0', " ")).unwrap_or_default();
+    // A thread that is going down has no last error any more.
+    let _ = LAST_ERROR.try_with(|last| last.replace(message));
+    status
+}
+
+fn status(kind: &ErrorKind) -> hkv_status {
+    match kind {
+        ErrorKind::Unsupported { .. } => HKV_UNSUPPORTED,
+        ErrorKind::NoDriver | ErrorKind::DriverTooOld { .. } => HKV_NO_DRIVER,
+        ErrorKind::NoDevice { .. } => HKV_NO_DEVICE,
+        ErrorKind::NoKernels | ErrorKind::NoKernelImage { .. } => HKV_NO_KERNELS,
+        ErrorKind::OutOfMemory { .. } => HKV_OUT_OF_MEMORY,
+        ErrorKind::Cuda { .. } => HKV_CUDA_ERROR,
+        _ => HKV_INVALID_ARGUMENT,
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn hkv_abi_version() -> u32 {
+    HKV_ABI_VERSION
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn hkv_version() -> *const c_char {
+    concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn hkv_status_name(status: hkv_status) -> *const c_char {
+    let name = match status {
+        HKV_OK => c"HKV_OK",
+        HKV_INVALID_ARGUMENT => c"HKV_INVALID_ARGUMENT",
+        HKV_UNSUPPORTED => c"HKV_UNSUPPORTED",
+        HKV_NO_DRIVER => c"HKV_NO_DRIVER",
+        HKV_NO_DEVICE => c"HKV_NO_DEVICE",
+        HKV_NO_KERNELS => c"HKV_NO_KERNELS",
+        HKV_OUT_OF_MEMORY => c"HKV_OUT_OF_MEMORY",
+        HKV_CUDA_ERROR => c"HKV_CUDA_ERROR",
+        HKV_INTERNAL_ERROR => c"HKV_INTERNAL_ERROR",
+        _ => c"unknown status",
+    };
+    name.as_ptr()
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn hkv_last_error() -> *const c_char {
+    LAST_ERROR.try_with(|last| last.borrow().as_ptr()).unwrap_or(c"".as_ptr())
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_device_cpu(device: *mut *mut hkv_device) -> hkv_status {
+    // SAFETY: the caller's promise.
+    guard(|| unsafe { hand_out(device, || Ok(hkv_device::new(Device::cpu()))) })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_device_cuda(ordinal: u32, device: *mut *mut hkv_device) -> hkv_status {
+    // SAFETY: the caller's promise.
+    guard(|| unsafe { hand_out(device, || Device::cuda(ordinal as usize).map(hkv_device::new)) })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_device_destroy(device: *mut hkv_device) {
+    // SAFETY: the caller's promise.
+    unsafe { take_back(device) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_device_name(device: *const hkv_device) -> *const c_char {
+    // SAFETY: the caller's promise: a live handle or null.
+    unsafe { device.as_ref() }.map_or(c"".as_ptr(), |device| device.name.as_ptr())
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_kernels_load(
+    device: *const hkv_device,
+    kernels: *mut *mut hkv_kernels,
+) -> hkv_status {
+    // SAFETY: the caller's promise.
+    guard(|| unsafe {
+        let device = handle("hkv_kernels_load", "device", device)?;
+        hand_out(kernels, || Ok(hkv_kernels { kernels: Kernels::load(&device.device)? }))
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_kernels_load_checked(
+    device: *const hkv_device,
+    kernels: *mut *mut hkv_kernels,
+) -> hkv_status {
+    // SAFETY: the caller's promise.
+    guard(|| unsafe {
+        let device = handle("hkv_kernels_load_checked", "device", device)?;
+        hand_out(kernels, || Ok(hkv_kernels { kernels: Kernels::load(&device.device)?.checked() }))
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_kernels_destroy(kernels: *mut hkv_kernels) {
+    // SAFETY: the caller's promise.
+    unsafe { take_back(kernels) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_append(
+    kernels: *const hkv_kernels,
+    args: *const hkv_append_args,
+    stream: *mut c_void,
+) -> hkv_status {
+    const OP: &str = "hkv_append";
+    // SAFETY: the caller's promise: handles are live, memory is valid until the stream has passed.
+    guard(|| unsafe {
+        let kernels = &handle(OP, "kernels", kernels)?.kernels;
+        let args = arguments(OP, args)?.to_ops()?;
+        kernels.append(&args, kernels.device().foreign_stream(stream))
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_attention_workspace(
+    kernels: *const hkv_kernels,
+    args: *const hkv_attention_args,
+    bytes: *mut u64,
+) -> hkv_status {
+    const OP: &str = "hkv_attention_workspace";
+    // SAFETY: the caller's promise: handles are live, `bytes` is null or can be written.
+    guard(|| unsafe {
+        let kernels = &handle(OP, "kernels", kernels)?.kernels;
+        let args = arguments(OP, args)?.to_ops()?;
+        let bytes = bytes.as_mut().ok_or_else(|| Error::invalid(OP, "bytes is null"))?;
+        *bytes = kernels.attention_workspace_bytes(&args)?;
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_attention(
+    kernels: *const hkv_kernels,
+    args: *const hkv_attention_args,
+    stream: *mut c_void,
+) -> hkv_status {
+    const OP: &str = "hkv_attention";
+    // SAFETY: as for `hkv_append`.
+    guard(|| unsafe {
+        let kernels = &handle(OP, "kernels", kernels)?.kernels;
+        let args = arguments(OP, args)?.to_ops()?;
+        kernels.attention(&args, kernels.device().foreign_stream(stream))
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_merge_states(
+    kernels: *const hkv_kernels,
+    args: *const hkv_merge_args,
+    stream: *mut c_void,
+) -> hkv_status {
+    const OP: &str = "hkv_merge_states";
+    // SAFETY: as for `hkv_append`.
+    guard(|| unsafe {
+        let kernels = &handle(OP, "kernels", kernels)?.kernels;
+        let args = arguments(OP, args)?.to_ops()?;
+        kernels.merge_states(&args, kernels.device().foreign_stream(stream))
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_move_blocks(
+    kernels: *const hkv_kernels,
+    args: *const hkv_move_args,
+    stream: *mut c_void,
+) -> hkv_status {
+    const OP: &str = "hkv_move_blocks";
+    // SAFETY: as for `hkv_append`.
+    guard(|| unsafe {
+        let kernels = &handle(OP, "kernels", kernels)?.kernels;
+        let args = arguments(OP, args)?.to_ops();
+        kernels.move_blocks(&args, kernels.device().foreign_stream(stream))
+    })
+}
+
+impl hkv_device {
+    fn new(device: Device) -> Self {
+        let name = CString::new(device.info().name.replace('\0', " ")).unwrap_or_default();
+        Self { device, name }
+    }
+}
+
+/// Makes an object and hands its handle to the caller; on failure the handle is null.
+///
+/// # Safety
+/// `handle` is null or can be written.
+unsafe fn hand_out<T>(handle: *mut *mut T, make: impl FnOnce() -> Result<T>) -> Result<()> {
+    // SAFETY: the caller's promise.
+    let handle = unsafe { handle.as_mut() };
+    let handle =
+        handle.ok_or_else(|| Error::invalid("hybridkv", "the place for the handle is null"))?;
+    *handle = null_mut();
+    *handle = Box::into_raw(Box::new(make()?));
+    Ok(())
+}
+
+/// Drops what [`hand_out`] made.
+///
+/// # Safety
+/// `handle` is null, or was handed out and not taken back yet.
+unsafe fn take_back<T>(handle: *mut T) {
+    if !handle.is_null() {
+        // Nobody can be told of a panic here, and none may leave.
+        // SAFETY: the caller's promise.
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(unsafe { Box::from_raw(handle) })));
+    }
+}
+
+/// # Safety
+/// `handle` is null, or was handed out and lives as long as the reference is used.
+unsafe fn handle<'a, T>(op: &'static str, what: &str, handle: *const T) -> Result<&'a T> {
+    // SAFETY: the caller's promise.
+    unsafe { handle.as_ref() }.ok_or_else(|| Error::invalid(op, format!("{what} is null")))
+}
+
+/// The arguments of an operation, if they are of the size that this library knows.
+///
+/// # Safety
+/// `args` is null, or points to as many bytes as its first field says.
+unsafe fn arguments<'a, T: Arguments>(op: &'static str, args: *const T) -> Result<&'a T> {
+    if args.is_null() || !args.is_aligned() {
+        return Err(Error::invalid(op, "args is null or misaligned"));
+    }
+    // SAFETY: the first field is there, whatever version of the header the caller was compiled with.
+    let bytes = unsafe { args.cast::<u64>().read() };
+    if bytes != size_of::<T>() as u64 {
+        return Err(Error::invalid(
+            op,
+            format!(
+                "args->struct_bytes is {bytes}, this library's is {}: set it to sizeof(*args), and \
+                 compile with the header of the library (ABI version {HKV_ABI_VERSION})",
+                size_of::<T>()
+            ),
+        ));
+    }
+    // SAFETY: the memory is as large as the struct, and every bit pattern is one.
+    Ok(unsafe { &*args })
+}
+
+/// Argument structs: plain data whose first field is a `u64` with the size of the struct.
+///
+/// # Safety
+/// That is so.
+unsafe trait Arguments: Copy {}
+
+// SAFETY: `struct_bytes` is the first field.
+unsafe impl Arguments for hkv_append_args {}
+// SAFETY: as above.
+unsafe impl Arguments for hkv_attention_args {}
+// SAFETY: as above.
+unsafe impl Arguments for hkv_merge_args {}
+// SAFETY: as above.
+unsafe impl Arguments for hkv_move_args {}
+
+impl hkv_span {
+    fn to_ops(self) -> Span {
+        Span::new(self.data as u64, self.bytes)
+    }
+
+    /// `None` for a null pointer: not given.
+    fn given(self) -> Option<Span> {
+        (!self.data.is_null()).then(|| self.to_ops())
+    }
+}
+
+impl hkv_head_strides {
+    fn to_ops(self) -> HeadStrides {
+        HeadStrides { token: self.token, head: self.head }
+    }
+}
+
+fn dtype(code: u32, what: &'static str) -> Result<Dtype> {
+    match code {
+        HKV_DTYPE_BF16 => Ok(Dtype::Bf16),
+        HKV_DTYPE_F16 => Ok(Dtype::F16),
+        HKV_DTYPE_F32 => Ok(Dtype::F32),
+        _ => Err(Error::unsupported("hybridkv", what, code, "the values of enum hkv_dtype")),
+    }
+}
+
+impl hkv_kv {
+    fn to_ops(self) -> Result<KvView> {
+        Ok(KvView {
+            k: self.k.to_ops(),
+            v: self.v.to_ops(),
+            strides: KvStrides {
+                block: self.stride_block,
+                layer: self.stride_layer,
+                head: self.stride_head,
+                token: self.stride_token,
+            },
+            shape: KvShape {
+                num_kv_heads: self.num_kv_heads,
+                head_dim: self.head_dim,
+                dtype: dtype(self.dtype, "kv.dtype")?,
+            },
+            block_size: self.block_size,
+            num_blocks: self.num_blocks,
+            num_layer_slots: self.num_layer_slots,
+        })
+    }
+}
+
+impl hkv_append_args {
+    fn to_ops(self) -> Result<AppendArgs> {
+        Ok(AppendArgs {
+            k_new: self.k_new.to_ops(),
+            v_new: self.v_new.to_ops(),
+            new_strides: self.new_strides.to_ops(),
+            kv: self.kv.to_ops()?,
+            slot_mapping: self.slot_mapping.to_ops(),
+            num_groups: self.num_groups,
+            windows: WindowTable { rows: self.windows.to_ops(), num_layers: self.num_layers },
+            layer: self.layer,
+            num_tokens: self.num_tokens,
+        })
+    }
+}
+
+impl hkv_attention_args {
+    fn to_ops(self) -> Result<AttentionArgs> {
+        Ok(AttentionArgs {
+            q: self.q.to_ops(),
+            q_strides: self.q_strides.to_ops(),
+            out: self.out.to_ops(),
+            out_strides: self.out_strides.to_ops(),
+            lse: self.lse.given(),
+            kv: self.kv.to_ops()?,
+            qo_indptr: self.qo_indptr.to_ops(),
+            kv_len: self.kv_len.to_ops(),
+            tables: BlockTables {
+                block_ids: self.block_ids.to_ops(),
+                block_row: self.block_row.to_ops(),
+                first_block: self.first_block.given(),
+                num_groups: self.num_groups,
+            },
+            windows: WindowTable { rows: self.windows.to_ops(), num_layers: self.num_layers },
+            layer: self.layer,
+            sink_logits: self.sink_logits.given(),
+            num_qo_heads: self.num_qo_heads,
+            num_seqs: self.num_seqs,
+            num_tokens: self.num_tokens,
+            max_q_len: self.max_q_len,
+            max_kv_len: self.max_kv_len,
+            sm_scale: self.sm_scale,
+            logits_soft_cap: self.logits_soft_cap,
+            workspace: self.workspace.to_ops(),
+        })
+    }
+}
+
+impl hkv_merge_args {
+    fn to_ops(self) -> Result<MergeArgs> {
+        Ok(MergeArgs {
+            states: self.states.to_ops(),
+            state_lse: self.state_lse.to_ops(),
+            in_dtype: dtype(self.in_dtype, "in_dtype")?,
+            out: self.out.to_ops(),
+            out_strides: self.out_strides.to_ops(),
+            out_dtype: dtype(self.out_dtype, "out_dtype")?,
+            lse: self.lse.given(),
+            sink_logits: self.sink_logits.given(),
+            live_tokens: self.live_tokens.given(),
+            num_states: self.num_states,
+            num_tokens: self.num_tokens,
+            num_qo_heads: self.num_qo_heads,
+            head_dim: self.head_dim,
+        })
+    }
+}
+
+impl hkv_move_args {
+    fn to_ops(self) -> MoveArgs {
+        MoveArgs {
+            copies: self.copies.to_ops(),
+            num_copies: self.num_copies,
+            quota: match self.max_ctas {
+                0 => CtaQuota::WHOLE_DEVICE,
+                ctas => CtaQuota::at_most(ctas),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::CStr;
+
+    use super::*;
+
+    fn last_error() -> String {
+        // SAFETY: the pointer is to the thread's last error, which does not change meanwhile.
+        unsafe { CStr::from_ptr(hkv_last_error()) }.to_string_lossy().into_owned()
+    }
+
+    #[test]
+    fn a_panic_stays_inside() {
+        assert_eq!(guard(|| panic!("on {}", "purpose")), HKV_INTERNAL_ERROR);
+        assert!(last_error().ends_with("on purpose"), "{}", last_error());
+        assert_eq!(guard(|| Ok(())), HKV_OK);
+        assert!(last_error().ends_with("on purpose"), "a success leaves the last error alone");
+    }
+
+    #[test]
+    fn errors_are_per_thread_and_may_hold_zero_bytes() {
+        let failed = guard(|| Err(Error::invalid("test", "a\0b")));
+        assert_eq!((failed, last_error().as_str()), (HKV_INVALID_ARGUMENT, "test: a b"));
+        let other = std::thread::spawn(last_error).join().unwrap();
+        assert_eq!(other, "");
+    }
+
+    #[test]
+    fn every_status_has_its_name() {
+        for status in HKV_OK..=HKV_INTERNAL_ERROR {
+            // SAFETY: a static string.
+            let name = unsafe { CStr::from_ptr(hkv_status_name(status)) }.to_string_lossy();
+            let declared = include_str!("../../include/hybridkv.h")
+                .lines()
+                .any(|line| line.trim_start().starts_with(&format!("{name} = {status},")));
+            assert!(declared, "{name} = {status}");
+        }
+    }
+}
