@@ -88,10 +88,10 @@ pub fn make(archs: &str) -> Result {
     Ok(())
 }
 
-/// Copies a program or library, without its debug information where `strip` is there to remove it.
+/// Copies a program or library, without its symbols where `strip` is there to remove them.
 fn add(from: &Path, to: &Path) -> Result {
     shell::copy(from, to)?;
-    let _ = shell::program("strip").arg("--strip-debug").arg(to).status();
+    let _ = shell::program("strip").arg(to).status();
     Ok(())
 }
 
