@@ -33,6 +33,7 @@ fn layout_is_that_of_the_c_headers() {
     let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".to_owned());
     let output =
         Command::new(&compiler).args(["-std=c11", "-fsyntax-only", "-I."]).arg(&file).output();
+    std::fs::remove_file(&file).expect("the file made above");
     match output {
         Ok(output) => {
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr))

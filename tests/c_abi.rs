@@ -42,7 +42,8 @@ const STRICT: [&str; 5] = ["-Wall", "-Wextra", "-Werror", "-pedantic", "-Iinclud
 #[test]
 fn a_c99_program_drives_every_operation() {
     let Some(cc) = find("CC", "cc") else { return };
-    let (library, program) = (library(), folder().join("ops"));
+    let (library, folder) = (library(), folder());
+    let program = folder.join("ops");
     let rpath = format!("-Wl,-rpath,{}", library.parent().unwrap_or(Path::new(".")).display());
     passes(
         Command::new(cc)
@@ -53,6 +54,7 @@ fn a_c99_program_drives_every_operation() {
             .args([&rpath, "-lm"]),
     );
     passes(&mut Command::new(program));
+    std::fs::remove_dir_all(folder).expect("the folder made above");
 }
 
 #[test]

@@ -144,3 +144,18 @@ fn with_doc_comments(code: &str) -> String {
     }
     lines.join("\n") + "\n"
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_digest_tells_an_edit_of_a_mirror() {
+        for mirror in &MIRRORS {
+            let text = shell::read(&shell::root().join(mirror.file)).unwrap();
+            let (digest, body) = text.split_once('\n').unwrap();
+            assert_eq!(digest, mirror.digest_line(body).unwrap(), "{}", mirror.file);
+            assert_ne!(digest, mirror.digest_line(&body.replacen("u32", "u16", 1)).unwrap());
+        }
+    }
+}
