@@ -245,9 +245,9 @@ mod tests {
             mmap_anonymous(std::ptr::null_mut(), length, access, MapFlags::PRIVATE).unwrap()
         };
         let last = pointer.wrapping_byte_add(2 * CHUNK);
+        let _current = device.make_current().unwrap();
         assert!(device.register_chunk(last, CHUNK).is_ok());
         assert!(device.register(pointer, length).is_err(), "the last chunk is registered already");
-        let _current = device.make_current().unwrap();
         // SAFETY: registered above; mapped above and registered no more at the end.
         unsafe {
             device.driver.mem_host_unregister(last).unwrap();
