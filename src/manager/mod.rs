@@ -181,7 +181,7 @@ pub struct Transfer {
 /// How a transfer ended. *Completed* and *succeeded* are different things (R8).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Outcome {
-    /// Every byte arrived and was verified.
+    /// The copy ended without an error. Whoever can verify the bytes says `Failed` when they are wrong.
     Succeeded,
     /// It ended, and what it wrote must not be used.
     Failed,
