@@ -338,8 +338,9 @@ pub(super) fn cache(
         for b in considered..row.considered {
             let id = row.table[b];
             if id != NULL && policy.keeps(group, &sequence.boundaries, b) {
-                device.insert(g, sequence.tokens.hashes()[group.key_index(b)], b, id);
-                events.push(EventKind::Stored, g as u32, Tier::Device, b as u32);
+                let hash = sequence.tokens.hashes()[group.key_index(b)];
+                device.insert(g, hash, b, id);
+                events.push(EventKind::Stored, g as u32, Tier::Device, b as u32, hash);
             }
         }
     }

@@ -1,5 +1,7 @@
 //! What became findable and what ceased to be, per group and tier, for routers and tests.
 
+use super::hash::BlockHash;
+
 /// Where a block is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Tier {
@@ -31,6 +33,8 @@ pub struct Event {
     pub tier: Tier,
     /// Indices of the blocks in their sequences.
     pub indices: Vec<u32>,
+    /// Their hashes, in the same order: with the group, what names a block to every holder of the identity.
+    pub hashes: Vec<BlockHash>,
 }
 
 /// The log of events since it was last drained; off until it is asked for.
@@ -50,22 +54,31 @@ impl Events {
 
     /// Notes one block; it joins the latest event of the operation when that is of the same kind, group and
     /// tier.
-    pub fn push(&mut self, kind: EventKind, group: u32, tier: Tier, index: u32) {
+    pub fn push(&mut self, kind: EventKind, group: u32, tier: Tier, index: u32, hash: BlockHash) {
         if !self.enabled {
             return;
         }
         match self.log[self.sealed..].last_mut() {
             Some(last) if (last.kind, last.group, last.tier) == (kind, group, tier) => {
                 last.indices.push(index);
+                last.hashes.push(hash);
             }
-            _ => self.log.push(Event { kind, group, tier, indices: vec![index] }),
+            _ => {
+                self.log.push(Event { kind, group, tier, indices: vec![index], hashes: vec![hash] })
+            }
         }
     }
 
     /// Notes that a tier was cleared.
     pub fn cleared(&mut self, group: u32, tier: Tier) {
         if self.enabled {
-            self.log.push(Event { kind: EventKind::Cleared, group, tier, indices: Vec::new() });
+            self.log.push(Event {
+                kind: EventKind::Cleared,
+                group,
+                tier,
+                indices: Vec::new(),
+                hashes: Vec::new(),
+            });
         }
     }
 

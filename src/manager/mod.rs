@@ -32,7 +32,7 @@ use self::allocate::cache;
 use self::events::Events;
 use self::groups::Group;
 use self::hash::CheapMap;
-use self::pool::{NULL, Pool};
+use self::pool::{Block, NULL, Pool};
 use self::retention::Policy;
 use self::sequence::{Row, Sequence};
 use self::tiers::device::DeviceTier;
@@ -417,7 +417,8 @@ impl Manager {
                 }
                 if block.cached {
                     self.device.remove(id);
-                    self.events.push(EventKind::Removed, g as u32, Tier::Device, block.index);
+                    let Block { index, hash, .. } = block;
+                    self.events.push(EventKind::Removed, g as u32, Tier::Device, index, hash);
                 }
             }
             if let Some(host) = &mut self.host {
@@ -469,7 +470,8 @@ impl Manager {
         if block.cached {
             self.device.remove(id);
             self.events.seal();
-            self.events.push(EventKind::Removed, group as u32, Tier::Device, block.index);
+            let Block { index, hash, .. } = block;
+            self.events.push(EventKind::Removed, group as u32, Tier::Device, index, hash);
         }
         Ok(())
     }

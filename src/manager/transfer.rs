@@ -111,7 +111,8 @@ impl Manager {
         };
         if succeeded {
             self.device.insert(group as usize, flight.hash, flight.index, block);
-            self.events.push(EventKind::Stored, group, Tier::Device, flight.index as u32);
+            let (index, hash) = (flight.index as u32, flight.hash);
+            self.events.push(EventKind::Stored, group, Tier::Device, index, hash);
         } else {
             sequence.lost.push((group as usize, flight.index));
         }

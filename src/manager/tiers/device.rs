@@ -77,7 +77,8 @@ impl DeviceTier {
         if block.cached {
             self.remove(id);
             self.stats[block.group as usize].evicted_blocks += 1;
-            events.push(EventKind::Removed, block.group.into(), Tier::Device, block.index);
+            let (group, index) = (block.group.into(), block.index);
+            events.push(EventKind::Removed, group, Tier::Device, index, block.hash);
         }
         self.pool.block_mut(id).group = group as u16;
         Some(id)

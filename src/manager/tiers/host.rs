@@ -118,14 +118,14 @@ impl HostTier {
 
     /// Ends the offload into a slot; only when it `succeeded` does the block become findable.
     pub fn stored(&mut self, slot: HostSlot, succeeded: bool, events: &mut Events) {
-        let Slot { state, group, index, .. } = *self.slot(slot);
+        let Slot { state, group, index, hash, .. } = *self.slot(slot);
         if state == State::Writing {
             if succeeded {
                 self.slots[slot as usize].state = State::Resident;
                 let stats = &mut self.stats[group as usize];
                 stats.stored_blocks += 1;
                 stats.cached_blocks += 1;
-                events.push(EventKind::Stored, group.into(), Tier::Host, index);
+                events.push(EventKind::Stored, group.into(), Tier::Host, index, hash);
             } else {
                 self.discard(slot, events);
             }
@@ -150,7 +150,7 @@ impl HostTier {
             }
         }
         // Said of a failed store, too: who was told of the offload learns how it ended.
-        events.push(EventKind::Removed, group.into(), Tier::Host, index);
+        events.push(EventKind::Removed, group.into(), Tier::Host, index, hash);
         self.index[group as usize].remove(&hash);
         if self.order.contains(slot + 1) {
             self.order.remove(slot + 1);
@@ -227,7 +227,7 @@ impl HostTier {
                 let stats = &mut self.stats[group as usize];
                 stats.cached_blocks -= 1;
                 stats.evicted_blocks += 1;
-                events.push(EventKind::Removed, group.into(), Tier::Host, index);
+                events.push(EventKind::Removed, group.into(), Tier::Host, index, hash);
                 return Some(slot);
             }
         }
