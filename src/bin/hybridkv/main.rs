@@ -3,8 +3,10 @@
 mod bench;
 mod plan;
 mod random;
+mod replay;
 mod report;
 mod run;
+mod trace;
 mod validate;
 mod values;
 
@@ -33,6 +35,8 @@ enum Command {
     Validate(validate::Args),
     /// Time the kernels beside the machine's own limits.
     Bench(bench::Args),
+    /// Drive the manager from outside: operations, or a whole request trace.
+    Replay(Box<replay::Args>),
     /// Read committed reports: tables, and which are stale.
     Report(report::Args),
 }
@@ -43,6 +47,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::main(&args),
         Command::Validate(args) => validate::main(&args),
         Command::Bench(args) => bench::main(&args),
+        Command::Replay(args) => replay::main(&args),
         Command::Report(args) => report::main(&args),
     };
     match result {

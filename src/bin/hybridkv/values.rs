@@ -36,6 +36,23 @@ pub fn parse_bytes(text: &str) -> Result<u64> {
     if bytes >= 1.0 && bytes < (1u64 << 50) as f64 { Ok(bytes as u64) } else { Err(refuse()) }
 }
 
+/// `4M`, `65536`, ...: a number with a binary unit.
+pub fn parse_count(text: &str) -> Result<u64> {
+    let refuse = || Error::unsupported("arguments", "number", text, "e.g. 65536, 512K, 4M, 1G");
+    let (digits, unit) = match text.strip_suffix(['k', 'K', 'm', 'M', 'g', 'G']) {
+        Some(digits) => (digits, text[digits.len()..].to_ascii_lowercase()),
+        None => (text, String::new()),
+    };
+    let shift = match unit.as_str() {
+        "k" => 10,
+        "m" => 20,
+        "g" => 30,
+        _ => 0,
+    };
+    let number: u64 = digits.parse().map_err(|_| refuse())?;
+    number.checked_mul(1 << shift).filter(|&n| n > 0).ok_or_else(refuse)
+}
+
 /// A number of bytes with a binary unit.
 pub fn format_bytes(count: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -51,6 +68,16 @@ pub fn format_bytes(count: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn counts_are_read_with_units() {
+        for (text, count) in [("4M", 4 << 20), ("512k", 512 << 10), ("1G", 1 << 30), ("7", 7)] {
+            assert_eq!(parse_count(text).unwrap(), count);
+        }
+        for text in ["", "M", "-1", "0", "1.5M", "1T", "99999999999G"] {
+            assert!(parse_count(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn bytes_are_read_with_units() {

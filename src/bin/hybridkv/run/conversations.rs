@@ -5,7 +5,7 @@
 
 use hybridkv::ops::synthetic::splitmix64;
 
-use super::trace::output_token;
+use crate::trace::output_token;
 
 /// Exponent of the popularity of conversations by rank.
 const ZIPF_EXPONENT: f64 = 0.6;

@@ -8,7 +8,6 @@ mod report;
 mod sampling;
 mod server;
 mod setup;
-mod trace;
 mod verify;
 
 use std::process::ExitCode;

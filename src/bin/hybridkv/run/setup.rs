@@ -8,7 +8,7 @@ use hybridkv::spec::{AttentionKind, GroupPlan, LayerSpec, ModelSpec};
 
 use super::Args;
 use super::conversations::{Conversations, Sizes};
-use super::trace::{Trace, output_token};
+use crate::trace::{Trace, output_token};
 use crate::values::{load_model, parse_bytes};
 
 /// Every length is divided by this on the CPU device.

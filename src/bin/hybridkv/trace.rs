@@ -76,18 +76,23 @@ impl Trace {
 
     /// Prompt of a request.
     pub fn prompt(&self, request: usize) -> Vec<u32> {
+        let mut prompt = Vec::new();
+        self.expand_prompt(request, &mut prompt);
+        prompt
+    }
+
+    /// [`Self::prompt`] into memory that is used again.
+    pub fn expand_prompt(&self, request: usize, prompt: &mut Vec<u32>) {
         let line = &self.lines[request];
         let block = (BLOCK / self.shrink) as u64;
-        line.hash_ids
-            .iter()
-            .flat_map(|&id| {
-                (0..block).map(move |p| {
-                    let key = id.wrapping_mul(BLOCK as u64).wrapping_add(p);
-                    (splitmix64(key) % PROMPT_VOCABULARY) as u32
-                })
-            })
-            .take(line.input_length.div_ceil(self.shrink))
-            .collect()
+        prompt.clear();
+        for &id in &line.hash_ids {
+            let first = id.wrapping_mul(BLOCK as u64);
+            prompt.extend(
+                (0..block).map(|p| (splitmix64(first.wrapping_add(p)) % PROMPT_VOCABULARY) as u32),
+            );
+        }
+        prompt.truncate(line.input_length.div_ceil(self.shrink));
     }
 
     /// Output tokens of a request.

@@ -1,0 +1,208 @@
+//! The configuration of a replayed manager, with the names and defaults of the `config` operation.
+
+use hybridkv::error::{Error, Result};
+use hybridkv::manager::{GroupConfig, HostConfig, ManagerConfig, Retention};
+use hybridkv::spec::{AttentionKind, GroupPlan};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::OP;
+
+/// Bytes of K and V of one token in one layer where no model says it: 8 heads of 128 in 16 bits.
+const TOKEN_BYTES: u64 = 4096;
+
+/// Fields of the `config` operation.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    block_size: Option<u32>,
+    num_blocks: u32,
+    groups: Vec<Group>,
+    #[serde(default = "yes")]
+    prefix_caching: bool,
+    retention_interval: Option<u32>,
+    #[serde(default)]
+    retention_slack: u32,
+    #[serde(default)]
+    chunked_retention: Chunks,
+    #[serde(default)]
+    in_flight_tokens: u32,
+    max_model_len: Option<u32>,
+    host: Option<Host>,
+    block_bytes: Option<u64>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Group {
+    kind: Kind,
+    window: Option<u32>,
+    chunk: Option<u32>,
+    block_size: Option<u32>,
+    layers: Option<u32>,
+    #[serde(default)]
+    sink_tokens: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Kind {
+    Full,
+    Sliding,
+    Chunked,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Chunks {
+    #[default]
+    Dense,
+    Sparse,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Host {
+    blocks: u32,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Config {
+    /// Reads the fields.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the field that is unknown, missing or of the wrong type.
+    pub fn new(fields: Value) -> Result<Self> {
+        let config: Self =
+            serde_json::from_value(fields).map_err(|e| Error::invalid(OP, e.to_string()))?;
+        config.groups.iter().try_for_each(|group| group.kind().map(|_| ()))?;
+        Ok(config)
+    }
+
+    /// What the manager is built from.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a group without a block size.
+    pub fn manager(&self) -> Result<ManagerConfig> {
+        let group = |group: &Group| {
+            let block_size = group.block_size.or(self.block_size).ok_or_else(|| {
+                Error::invalid(OP, "a group has no block_size, and there is none for all")
+            })?;
+            Ok(GroupConfig { kind: group.kind()?, sink_tokens: group.sink_tokens, block_size })
+        };
+        Ok(ManagerConfig {
+            groups: self.groups.iter().map(group).collect::<Result<_>>()?,
+            num_blocks: self.num_blocks,
+            prefix_caching: self.prefix_caching,
+            retention: Retention {
+                interval: self.retention_interval,
+                slack: self.retention_slack,
+                dense_chunks: self.chunked_retention == Chunks::Dense,
+            },
+            max_model_len: self.max_model_len.unwrap_or(u32::MAX),
+            in_flight_tokens: self.in_flight_tokens,
+            host: self.host.as_ref().map(|host| HostConfig { num_slots: host.blocks }),
+            identity: [0; 32],
+        })
+    }
+
+    /// Bytes of a block of the pool.
+    pub fn block_bytes(&self) -> u64 {
+        let group = |group: &Group| {
+            let tokens = group.block_size.or(self.block_size).unwrap_or(0);
+            u64::from(group.layers.unwrap_or(1)) * u64::from(tokens) * TOKEN_BYTES
+        };
+        self.block_bytes.unwrap_or_else(|| self.groups.iter().map(group).max().unwrap_or(0))
+    }
+}
+
+impl Group {
+    fn kind(&self) -> Result<AttentionKind> {
+        match (self.kind, self.window, self.chunk) {
+            (Kind::Full, None, None) => Ok(AttentionKind::Full),
+            (Kind::Sliding, Some(window), None) => Ok(AttentionKind::Sliding { window }),
+            (Kind::Chunked, None, Some(chunk)) => Ok(AttentionKind::Chunked { chunk }),
+            (kind, ..) => Err(Error::invalid(
+                OP,
+                format!(
+                    "a group of kind {kind:?} with the wrong extent: full has none, sliding a window, chunked a chunk"
+                ),
+            )),
+        }
+    }
+}
+
+/// The fields in which the crate's defaults differ from replay's.
+pub fn crate_defaults() -> Value {
+    json!({ "retention_interval": 0, "retention_slack": 1, "chunked_retention": "sparse" })
+}
+
+/// The groups of a model, as the field `groups`.
+pub fn describe_groups(plan: &GroupPlan) -> Value {
+    let group = |group: &hybridkv::spec::LayerGroup| {
+        let mut fields = match group.kind {
+            AttentionKind::Full => json!({ "kind": "full" }),
+            AttentionKind::Sliding { window } => json!({ "kind": "sliding", "window": window }),
+            AttentionKind::Chunked { chunk } => json!({ "kind": "chunked", "chunk": chunk }),
+        };
+        merge(
+            &mut fields,
+            json!({
+                "block_size": group.block_size,
+                "layers": group.layers.len(),
+                "sink_tokens": group.sink_tokens,
+            }),
+        );
+        fields
+    };
+    plan.groups.iter().map(group).collect()
+}
+
+/// Groups as the command line writes them (`full,sliding:1024,chunked:8192*3`), as the field `groups`.
+///
+/// # Errors
+/// `Unsupported` for anything else.
+pub fn parse_groups(text: &str) -> Result<Value> {
+    let mut groups = Vec::new();
+    for part in text.split(',') {
+        let refuse = || {
+            Error::unsupported(
+                OP,
+                "layer group",
+                part,
+                "full, sliding:WINDOW, chunked:CHUNK, each with *COUNT behind it",
+            )
+        };
+        let (group, count) = match part.split_once('*') {
+            Some((group, count)) => (group, count.parse().map_err(|_| refuse())?),
+            None => (part, 1u16),
+        };
+        let (kind, extent) = match group.split_once(':') {
+            Some((kind, extent)) => (kind, Some(extent.parse::<u32>().map_err(|_| refuse())?)),
+            None => (group, None),
+        };
+        let group = match (kind, extent) {
+            ("full", None) => json!({ "kind": "full" }),
+            ("sliding", Some(window)) => json!({ "kind": "sliding", "window": window }),
+            ("chunked", Some(chunk)) => json!({ "kind": "chunked", "chunk": chunk }),
+            _ => return Err(refuse()),
+        };
+        groups.extend((0..count).map(|_| group.clone()));
+    }
+    Ok(Value::Array(groups))
+}
+
+/// Puts the fields of an object into another one, deeply; anything else takes the place of what was there.
+pub fn merge(into: &mut Value, from: Value) {
+    match (into, from) {
+        (Value::Object(into), Value::Object(from)) => {
+            for (key, value) in from {
+                merge(into.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (into, from) => *into = from,
+    }
+}

@@ -1,0 +1,75 @@
+//! A request trace through the manager: one request at a time, every transfer ending at once, as in
+//! a machine whose device and links take no time.
+//!
+//! Per request: look up and allocate the prompt, advance over it, append the output, free.
+
+use std::time::{Duration, Instant};
+
+use hybridkv::error::Result;
+use hybridkv::manager::{ExtraKeys, Manager, Outcome, SeqId};
+
+use super::config::Config;
+use super::figures::{Figures, Phase, Times};
+use crate::trace::{Trace, output_token};
+
+/// Replays a trace.
+///
+/// # Errors
+/// Those of the manager: a pool too small for the longest request.
+pub fn replay(trace: &Trace, config: &Config) -> Result<Figures> {
+    let mut manager = Manager::new(config.manager()?)?;
+    let mut times = Times::with_capacity(trace.len());
+    let (mut prompt, mut output) = (Vec::new(), Vec::new());
+    let start = Instant::now();
+    for request in 0..trace.len() {
+        trace.expand_prompt(request, &mut prompt);
+        output.clear();
+        output.extend((0..trace.output_len(request)).map(|j| output_token(request, j)));
+        serve(&mut manager, request as SeqId, &prompt, &output, &mut times)?;
+    }
+    Ok(Figures::new(&manager, config, times, start.elapsed()))
+}
+
+fn serve(
+    manager: &mut Manager,
+    seq: SeqId,
+    prompt: &[u32],
+    output: &[u32],
+    times: &mut Times,
+) -> Result<()> {
+    let mut clock = Clock(Instant::now());
+    let tokens = manager.hash(prompt, ExtraKeys::default());
+    times.push(Phase::Hash, clock.lap());
+    let allocation = manager.allocate_hashed(seq, tokens, 0)?;
+    times.push(Phase::Allocate, clock.lap());
+    if !allocation.loads.is_empty() {
+        complete_transfers(manager)?;
+    }
+    manager.advance_with(seq, prompt.len(), prompt.len(), |_, _| {})?;
+    if !output.is_empty() {
+        manager.append_with(seq, output, |_, _| {})?;
+    }
+    complete_transfers(manager)?;
+    times.push(Phase::Append, clock.lap());
+    manager.free(seq)?;
+    times.push(Phase::Free, clock.lap());
+    Ok(())
+}
+
+/// Ends all transfers, in the order in which they were emitted.
+fn complete_transfers(manager: &mut Manager) -> Result<()> {
+    while let Some(transfer) = manager.next_transfer() {
+        manager.complete(transfer.id, Outcome::Succeeded)?;
+    }
+    Ok(())
+}
+
+struct Clock(Instant);
+
+impl Clock {
+    /// The time since the last call.
+    fn lap(&mut self) -> Duration {
+        let now = Instant::now();
+        now - std::mem::replace(&mut self.0, now)
+    }
+}
