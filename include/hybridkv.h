@@ -48,6 +48,8 @@ enum hkv_dtype {
   HKV_DTYPE_BF16 = 0,
   HKV_DTYPE_F16 = 1,
   HKV_DTYPE_F32 = 2,  // partial states only
+  HKV_DTYPE_E4M3 =
+      3,  // keys and values only: 8-bit float (4 exponent, 3 mantissa bits), with scales
 };
 
 // Which keys `j <= i` a query at absolute position `i` sees (0-based, besides the sink tokens).

@@ -39,7 +39,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const hkv_window window = p.windows[p.layer];
   const int64_t* slots = p.slot_mapping + static_cast<int64_t>(window.group) * p.num_tokens;
 
-  const int32_t head_vectors = p.head_dim * p.element_bytes / kVectorBytes;
+  constexpr int32_t kElementBytes = 2;
+  const int32_t head_vectors = p.head_dim * kElementBytes / kVectorBytes;
   const int32_t row_vectors = p.num_kv_heads * head_vectors;
   const int32_t row_pieces = (row_vectors + kWarpLanes - 1) / kWarpLanes;
   const int64_t pieces = static_cast<int64_t>(p.num_tokens) * row_pieces;
@@ -58,11 +59,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const int32_t head = vector / head_vectors;
     const int32_t head_vector = vector % head_vectors;
     const int64_t from = vector_offset(token * p.new_stride_token + head * p.new_stride_head,
-                                       p.element_bytes, head_vector);
+                                       kElementBytes, head_vector);
     const int64_t to =
         vector_offset(block * p.kv_stride_block + window.layer_slot * p.kv_stride_layer +
                           head * p.kv_stride_head + offset * p.kv_stride_token,
-                      p.element_bytes, head_vector);
+                      kElementBytes, head_vector);
     const Vector key = load(p.k_new, from);
     const Vector value = load(p.v_new, from);
     store(p.k, to, key);

@@ -16,6 +16,9 @@ pub enum Dtype {
     F16,
     /// IEEE single precision (partial attention states only).
     F32,
+    /// 8-bit float of 4 exponent and 3 mantissa bits, largest value 448, without infinities (keys and
+    /// values only, with scales).
+    E4m3,
 }
 
 impl Dtype {
@@ -24,6 +27,7 @@ impl Dtype {
         match self {
             Self::Bf16 | Self::F16 => 2,
             Self::F32 => 4,
+            Self::E4m3 => 1,
         }
     }
 
@@ -33,6 +37,7 @@ impl Dtype {
             Self::Bf16 => "bf16",
             Self::F16 => "f16",
             Self::F32 => "f32",
+            Self::E4m3 => "e4m3",
         }
     }
 
@@ -42,6 +47,7 @@ impl Dtype {
             Self::Bf16 => abi::HKV_DTYPE_BF16,
             Self::F16 => abi::HKV_DTYPE_F16,
             Self::F32 => abi::HKV_DTYPE_F32,
+            Self::E4m3 => abi::HKV_DTYPE_E4M3,
         }
     }
 }
@@ -78,6 +84,34 @@ pub struct KvStrides {
     pub token: i64,
 }
 
+impl KvStrides {
+    /// Every block, layer, head and token at the same place.
+    pub const NONE: Self = Self { block: 0, layer: 0, head: 0, token: 0 };
+}
+
+/// Scales of 8-bit keys and values: an element stands for `element * scale`.
+///
+/// f32 on the device; the scale of token `t` of block `b`, layer slot `l`, head `h` lies
+/// `b * block + l * layer + h * head + t * token` elements after the start. Which of the strides are zero
+/// makes it one scale per tensor, per KV head, or per token and head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvScales {
+    /// Memory from the first scale of K on.
+    pub k: Span,
+    /// Memory from the first scale of V on.
+    pub v: Span,
+    /// Strides of both, in f32 elements; 0 in dimensions that share a scale.
+    pub strides: KvStrides,
+}
+
+impl KvScales {
+    /// Whether every token of every head has a scale of its own, which `append` computes and writes.
+    /// Others are given by the caller and only read.
+    pub const fn per_token(&self) -> bool {
+        self.strides.token != 0
+    }
+}
+
 /// K and V of one layer group as kernels see them: two bases, shared strides, and how far they reach.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvView {
@@ -95,6 +129,8 @@ pub struct KvView {
     pub num_blocks: u64,
     /// Layer slots per block that may be named by a window table.
     pub num_layer_slots: u32,
+    /// Scales of 8-bit keys and values; `None` for 16-bit ones.
+    pub scales: Option<KvScales>,
 }
 
 impl KvView {
@@ -147,6 +183,7 @@ impl KvView {
             block_size,
             num_blocks,
             num_layer_slots,
+            scales: None,
         };
         view.check(OP)?;
         Ok(view)
@@ -167,12 +204,7 @@ impl KvView {
             ));
         }
         let element = self.shape.dtype.bytes() as u64;
-        let mut dimensions = [
-            (self.strides.block, self.num_blocks, "block"),
-            (self.strides.layer, u64::from(self.num_layer_slots), "layer"),
-            (self.strides.head, u64::from(self.shape.num_kv_heads), "head"),
-            (self.strides.token, u64::from(self.block_size), "token"),
-        ];
+        let dimensions = self.dimensions(&self.strides);
         for (stride, _, name) in dimensions {
             if stride < 0 || !(stride as u64).is_multiple_of(16 / element) {
                 return Err(Error::invalid(
@@ -183,32 +215,91 @@ impl KvView {
                 ));
             }
         }
-        // From the innermost dimension out: how far the elements seen so far reach.
-        dimensions.sort_unstable();
-        let mut extent = u64::from(self.shape.head_dim);
-        for (stride, count, name) in dimensions.into_iter().filter(|&(_, count, _)| count > 1) {
-            if (stride as u64) < extent {
-                return Err(Error::invalid(
-                    op,
-                    format!(
-                        "{name} stride of {stride} elements lets {name}s overlap, which reach {extent}"
-                    ),
-                ));
-            }
-            extent = (stride as u64)
-                .checked_mul(count - 1)
-                .and_then(|last| last.checked_add(extent))
-                .ok_or_else(|| Error::invalid(op, "the strides overflow 64-bit addresses"))?;
-        }
-        let last = extent
+        let last = disjoint_extent(op, dimensions, self.shape.head_dim.into())?
             .checked_mul(element)
             .ok_or_else(|| Error::invalid(op, "the strides overflow 64-bit addresses"))?;
         if self.num_blocks > 0 {
             self.k.check(op, "the K buffer", last, 16)?;
             self.v.check(op, "the V buffer", last, 16)?;
         }
-        Ok(())
+        self.check_scales(op)
     }
+
+    /// Checks that 8-bit elements, and no others, have scales, and that all of these lie in their buffers;
+    /// dimensions of stride 0 share scales, in the others no two have the same address.
+    fn check_scales(&self, op: &'static str) -> Result<()> {
+        let scales = match (self.shape.dtype, &self.scales) {
+            (Dtype::E4m3, Some(scales)) => scales,
+            (Dtype::E4m3, None) => {
+                return Err(Error::invalid(
+                    op,
+                    "e4m3 keys and values without scales: give `scales` (all 1 are allowed, but never assumed)",
+                ));
+            }
+            (_, None) => return Ok(()),
+            (dtype, Some(_)) => {
+                return Err(Error::invalid(
+                    op,
+                    format!("scales are for e4m3 keys and values, these are {}", dtype.name()),
+                ));
+            }
+        };
+        let mut dimensions = self.dimensions(&scales.strides);
+        for (stride, count, name) in &mut dimensions {
+            match *stride {
+                0 => *count = 1,
+                1.. => {}
+                _ => {
+                    return Err(Error::invalid(
+                        op,
+                        format!("{name} stride of the scales, {stride} elements, is negative"),
+                    ));
+                }
+            }
+        }
+        let last = disjoint_extent(op, dimensions, 1)?
+            .checked_mul(size_of::<f32>() as u64)
+            .ok_or_else(|| Error::invalid(op, "the scales' strides overflow 64-bit addresses"))?;
+        scales.k.check(op, "the K scales", last, 4)?;
+        scales.v.check(op, "the V scales", last, 4)
+    }
+
+    /// Strides with the counts and names of what they separate.
+    fn dimensions(&self, strides: &KvStrides) -> [(i64, u64, &'static str); 4] {
+        [
+            (strides.block, self.num_blocks, "block"),
+            (strides.layer, u64::from(self.num_layer_slots), "layer"),
+            (strides.head, u64::from(self.shape.num_kv_heads), "head"),
+            (strides.token, u64::from(self.block_size), "token"),
+        ]
+    }
+}
+
+/// How far an array of these dimensions reaches, in elements, when its innermost runs take `run` of them;
+/// an error when strides let elements share an address.
+fn disjoint_extent(
+    op: &'static str,
+    mut dimensions: [(i64, u64, &'static str); 4],
+    run: u64,
+) -> Result<u64> {
+    // From the innermost dimension out: how far the elements seen so far reach.
+    dimensions.sort_unstable();
+    let mut extent = run;
+    for (stride, count, name) in dimensions.into_iter().filter(|&(_, count, _)| count > 1) {
+        if (stride as u64) < extent {
+            return Err(Error::invalid(
+                op,
+                format!(
+                    "{name} stride of {stride} elements lets {name}s overlap, which reach {extent}"
+                ),
+            ));
+        }
+        extent = (stride as u64)
+            .checked_mul(count - 1)
+            .and_then(|last| last.checked_add(extent))
+            .ok_or_else(|| Error::invalid(op, "the strides overflow 64-bit addresses"))?;
+    }
+    Ok(extent)
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@
 
 pub mod abi;
 pub mod device;
+pub mod e4m3;
 pub mod engine;
 pub mod error;
 mod ffi;

@@ -137,6 +137,7 @@ fn load(batch: &Batch, kernels: &Kernels, bounds: Option<(u32, u32)>) -> Loaded 
         q_strides: strides,
         out: out.span(),
         out_strides: strides,
+        dtype: shape.dtype,
         lse: Some(lse.span()),
         kv: KvView::block_first(span(0), shape, BLOCK as u32, 1, num_blocks as u64, pool_stride)
             .unwrap(),
@@ -151,6 +152,7 @@ fn load(batch: &Batch, kernels: &Kernels, bounds: Option<(u32, u32)>) -> Loaded 
         windows: WindowTable { rows: span(6), num_layers: 1 },
         layer: 0,
         sink_logits: batch.sink_logits.then_some(span(7)),
+        tree_mask: None,
         num_qo_heads: batch.heads() as u32,
         num_seqs: batch.seqs.len() as u32,
         num_tokens: batch.tokens() as u32,
@@ -335,9 +337,10 @@ type Fault = (&'static str, fn(&mut AttentionArgs));
 fn attention_refuses_what_the_host_can_see() {
     const FAULTS: &[Fault] = &[
         ("head_dim 96 is not supported; supported: 64, 128, 256", |a| a.kv.shape.head_dim = 96),
-        ("KV dtype f32 is not supported; supported: bf16, f16", |a| {
-            a.kv.shape.dtype = Dtype::F32;
-        }),
+        ("dtype f32 is not supported; supported: bf16, f16", |a| a.dtype = Dtype::F32),
+        ("KV dtype f32 is not supported", |a| a.kv.shape.dtype = Dtype::F32),
+        ("KV dtype e4m3 is not supported", |a| a.kv.shape.dtype = Dtype::E4m3),
+        ("tree_mask", |a| a.tree_mask = Some(a.qo_indptr)),
         ("block_size 24 is not supported; supported: 8, 16", |a| a.kv.block_size = 24),
         ("block_size 4", |a| a.kv.block_size = 4),
         ("num_qo_heads 5 with 2 KV heads", |a| a.num_qo_heads = 5),

@@ -42,6 +42,7 @@ fn a_captured_append_and_move_replay_with_other_slots() {
     let append = AppendArgs {
         k_new: k_new.span(),
         v_new: v_new.span(),
+        dtype: shape.dtype,
         new_strides: HeadStrides::contiguous(1, HEAD_DIM as u32),
         kv: KvView::block_first(
             pool.span(),

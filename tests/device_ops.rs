@@ -114,6 +114,7 @@ impl Append {
             block_size: self.block_size,
             num_blocks: self.num_blocks,
             num_layer_slots: self.num_layer_slots,
+            scales: None,
         }
     }
 
@@ -187,6 +188,7 @@ fn load(case: &Append, device: &Device, pool: &[u8], new: &[Vec<u8>; 2], slots: 
     let args = AppendArgs {
         k_new: new[0].span(),
         v_new: new[1].span(),
+        dtype: case.shape.dtype,
         new_strides: HeadStrides { token: head * i64::from(case.shape.num_kv_heads), head },
         kv: case.view(pool.span()),
         slot_mapping: slots.span(),

@@ -14,6 +14,13 @@
 // KV addressing. Token t of block b, layer slot l, head h lies at
 //   k + b * kv_stride_block + l * kv_stride_layer + h * kv_stride_head + t * kv_stride_token
 // and the same for v: every layout (BlockFirst, LayerFirst, HND, NHD) is a choice of bases and strides.
+//
+// Scales. Keys and values of 8 bits stand for element * scale. The scale of token t of block b, layer
+// slot l, head h lies at
+//   k_scale + b * scale_stride_block + l * scale_stride_layer + h * scale_stride_head
+//           + t * scale_stride_token
+// and the same for v. Zero strides make it one per tensor or per head; with a token stride every token
+// of every head has its own, which append computes. All scales are null where KV has 16 bits.
 #ifndef HYBRIDKV_ABI_PARAMS_H_
 #define HYBRIDKV_ABI_PARAMS_H_
 
@@ -27,18 +34,25 @@ typedef struct hkv_append_params {
   void* v;                      // pool base of V
   const int64_t* slot_mapping;  // [G, T] device: block_id * block_size + offset, or -1
   const hkv_window* windows;    // [L] device
+  float* k_scale;               // read, or written when scale_stride_token != 0; null for 16-bit KV
+  float* v_scale;               // likewise
   int64_t new_stride_token;
   int64_t new_stride_head;
   int64_t kv_stride_block;
   int64_t kv_stride_layer;
   int64_t kv_stride_head;
   int64_t kv_stride_token;
+  int64_t scale_stride_block;
+  int64_t scale_stride_layer;
+  int64_t scale_stride_head;
+  int64_t scale_stride_token;
   int32_t layer;
   int32_t num_tokens;  // T
   int32_t num_kv_heads;
   int32_t head_dim;
   int32_t block_shift;  // log2(block_size)
-  int32_t element_bytes;
+  int32_t new_dtype;    // enum hkv_dtype of k_new and v_new
+  int32_t kv_dtype;     // enum hkv_dtype of the pool: new_dtype or E4M3
 } hkv_append_params;
 
 // Launch shapes on which kernels and launchers agree; shared memory is dynamic.
@@ -63,6 +77,11 @@ typedef struct hkv_attention_params {
   const int32_t* first_block;  // [G, S] device, or null: every row starts at block 0
   const hkv_window* windows;   // [L] device
   const float* sink_logits;    // [Hq] device, or null
+  const float* k_scale;        // scales of K, or null: 16-bit KV
+  const float* v_scale;        // scales of V, or null: 16-bit KV
+  const uint32_t* tree_mask;   // [T] device, or null: bit u of word t says whether query token t sees
+                               // query token u of its sequence (bit t of itself is set), besides what
+                               // the layer's kind says; at most 32 query tokens per sequence
   float* partial_out;          // [num_splits, T, Hq, D], or null when num_splits == 1
   float* partial_lse;          // [num_splits, T, Hq], or null when num_splits == 1
   int64_t q_stride_token;
@@ -73,6 +92,10 @@ typedef struct hkv_attention_params {
   int64_t kv_stride_layer;
   int64_t kv_stride_head;
   int64_t kv_stride_token;
+  int64_t scale_stride_block;
+  int64_t scale_stride_layer;
+  int64_t scale_stride_head;
+  int64_t scale_stride_token;
   int32_t layer;
   int32_t num_seqs;    // S
   int32_t num_tokens;  // T, an upper bound when a graph replays with fewer

@@ -12,7 +12,7 @@ use std::ffi::{CString, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::null_mut;
 
-use crate::abi::{HKV_DTYPE_BF16, HKV_DTYPE_F16, HKV_DTYPE_F32};
+use crate::abi::{HKV_DTYPE_BF16, HKV_DTYPE_E4M3, HKV_DTYPE_F16, HKV_DTYPE_F32};
 use crate::device::{Device, Span};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{Dtype, KvShape, KvStrides, KvView};
@@ -330,6 +330,7 @@ fn dtype(code: u32, what: &'static str) -> Result<Dtype> {
         HKV_DTYPE_BF16 => Ok(Dtype::Bf16),
         HKV_DTYPE_F16 => Ok(Dtype::F16),
         HKV_DTYPE_F32 => Ok(Dtype::F32),
+        HKV_DTYPE_E4M3 => Ok(Dtype::E4m3),
         _ => Err(Error::unsupported("hybridkv", what, code, "the values of enum hkv_dtype")),
     }
 }
@@ -353,6 +354,7 @@ impl hkv_kv {
             block_size: self.block_size,
             num_blocks: self.num_blocks,
             num_layer_slots: self.num_layer_slots,
+            scales: None,
         })
     }
 }
@@ -362,6 +364,7 @@ impl hkv_append_args {
         Ok(AppendArgs {
             k_new: self.k_new.to_ops(),
             v_new: self.v_new.to_ops(),
+            dtype: dtype(self.kv.dtype, "kv.dtype")?,
             new_strides: self.new_strides.to_ops(),
             kv: self.kv.to_ops()?,
             slot_mapping: self.slot_mapping.to_ops(),
@@ -380,6 +383,7 @@ impl hkv_attention_args {
             q_strides: self.q_strides.to_ops(),
             out: self.out.to_ops(),
             out_strides: self.out_strides.to_ops(),
+            dtype: dtype(self.kv.dtype, "kv.dtype")?,
             lse: self.lse.given(),
             kv: self.kv.to_ops()?,
             qo_indptr: self.qo_indptr.to_ops(),
@@ -393,6 +397,7 @@ impl hkv_attention_args {
             windows: WindowTable { rows: self.windows.to_ops(), num_layers: self.num_layers },
             layer: self.layer,
             sink_logits: self.sink_logits.given(),
+            tree_mask: None,
             num_qo_heads: self.num_qo_heads,
             num_seqs: self.num_seqs,
             num_tokens: self.num_tokens,

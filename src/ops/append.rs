@@ -5,7 +5,7 @@ use crate::abi::hkv_append_params;
 use crate::device::cuda::LaunchConfig;
 use crate::device::{Span, StreamRef};
 use crate::error::{Error, Result};
-use crate::layout::{Dtype, KvView};
+use crate::layout::{Dtype, KvStrides, KvView};
 
 const OP: &str = "append";
 /// Threads per CTA, as in kernels/append.cu.
@@ -16,10 +16,12 @@ const CTAS_PER_SM: u32 = 8;
 /// Arguments of [`Kernels::append`](crate::ops::Kernels::append).
 #[derive(Debug, Clone, Copy)]
 pub struct AppendArgs {
-    /// New keys, `[num_tokens, num_kv_heads, head_dim]`, of the view's type.
+    /// New keys, `[num_tokens, num_kv_heads, head_dim]`, of `dtype`.
     pub k_new: Span,
     /// New values, likewise.
     pub v_new: Span,
+    /// Type of the new keys and values: bf16 or f16.
+    pub dtype: Dtype,
     /// Strides of `k_new` and `v_new`.
     pub new_strides: HeadStrides,
     /// Where they go.
@@ -70,6 +72,7 @@ impl Kernels {
             unsafe { checks::append(args, stream)? };
         }
         let strides = &args.kv.strides;
+        let scale_strides = args.kv.scales.map_or(KvStrides::NONE, |scales| scales.strides);
         let params = hkv_append_params {
             k_new: args.k_new.address as *const _,
             v_new: args.v_new.address as *const _,
@@ -77,18 +80,25 @@ impl Kernels {
             v: args.kv.v.address as *mut _,
             slot_mapping: args.slot_mapping.address as *const _,
             windows: args.windows.rows.address as *const _,
+            k_scale: args.kv.scales.map_or(0, |scales| scales.k.address) as *mut _,
+            v_scale: args.kv.scales.map_or(0, |scales| scales.v.address) as *mut _,
             new_stride_token: args.new_strides.token,
             new_stride_head: args.new_strides.head,
             kv_stride_block: strides.block,
             kv_stride_layer: strides.layer,
             kv_stride_head: strides.head,
             kv_stride_token: strides.token,
+            scale_stride_block: scale_strides.block,
+            scale_stride_layer: scale_strides.layer,
+            scale_stride_head: scale_strides.head,
+            scale_stride_token: scale_strides.token,
             layer: args.layer as i32,
             num_tokens: args.num_tokens as i32,
             num_kv_heads: args.kv.shape.num_kv_heads as i32,
             head_dim: args.kv.shape.head_dim as i32,
             block_shift: args.kv.block_size.trailing_zeros() as i32,
-            element_bytes: args.kv.shape.dtype.bytes() as i32,
+            new_dtype: args.dtype.code() as i32,
+            kv_dtype: args.kv.shape.dtype.code() as i32,
         };
         // A lane moves 16 bytes of K and of V.
         let vectors = args.num_tokens as u64 * (args.kv.shape.token_bytes() as u64 / 32);
@@ -106,8 +116,11 @@ impl AppendArgs {
     /// Checks everything the host can see.
     fn check(&self) -> Result<()> {
         let shape = &self.kv.shape;
-        if !matches!(shape.dtype, Dtype::Bf16 | Dtype::F16) {
-            return Err(Error::unsupported(OP, "KV dtype", shape.dtype.name(), "bf16, f16"));
+        if !matches!(self.dtype, Dtype::Bf16 | Dtype::F16) {
+            return Err(Error::unsupported(OP, "dtype", self.dtype.name(), "bf16, f16"));
+        }
+        if shape.dtype != self.dtype {
+            return Err(Error::unsupported(OP, "KV dtype", shape.dtype.name(), self.dtype.name()));
         }
         if shape.num_kv_heads == 0 || shape.head_dim == 0 || !shape.head_dim.is_multiple_of(8) {
             return Err(Error::unsupported(
@@ -124,7 +137,7 @@ impl AppendArgs {
         self.windows.check(OP, self.layer)?;
         for (name, span) in [("k_new", &self.k_new), ("v_new", &self.v_new)] {
             let (tokens, heads) = (self.num_tokens, shape.num_kv_heads);
-            self.new_strides.check(OP, name, span, tokens, heads, shape.head_dim, shape.dtype)?;
+            self.new_strides.check(OP, name, span, tokens, heads, shape.head_dim, self.dtype)?;
         }
         let slots = self.num_groups as u64 * self.num_tokens as u64 * size_of::<i64>() as u64;
         if slots == 0 {

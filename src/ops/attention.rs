@@ -12,7 +12,7 @@ use crate::abi::{self, hkv_attention_params, hkv_merge_params, hkv_window};
 use crate::device::cuda::LaunchConfig;
 use crate::device::{Span, StreamRef};
 use crate::error::{Error, Result};
-use crate::layout::{Dtype, KvView};
+use crate::layout::{Dtype, KvStrides, KvView};
 
 const OP: &str = "attention";
 
@@ -149,14 +149,16 @@ pub struct BlockTables {
 /// Arguments of [`Kernels::attention`](crate::ops::Kernels::attention).
 #[derive(Debug, Clone, Copy)]
 pub struct AttentionArgs {
-    /// Queries, `[num_tokens, num_qo_heads, head_dim]`, of the view's type.
+    /// Queries, `[num_tokens, num_qo_heads, head_dim]`, of `dtype`.
     pub q: Span,
     /// Strides of `q`.
     pub q_strides: HeadStrides,
-    /// Output, `[num_tokens, num_qo_heads, head_dim]`, of the view's type.
+    /// Output, `[num_tokens, num_qo_heads, head_dim]`, of `dtype`.
     pub out: Span,
     /// Strides of `out`.
     pub out_strides: HeadStrides,
+    /// Type of queries and output, bf16 or f16: the view's, where that has 16 bits.
+    pub dtype: Dtype,
     /// Natural-log LSE, `[num_tokens, num_qo_heads]` f32, if wanted.
     pub lse: Option<Span>,
     /// Keys and values.
@@ -173,6 +175,10 @@ pub struct AttentionArgs {
     pub layer: u32,
     /// Learned sink logits, `[num_qo_heads]` f32 on the device, if the model has them.
     pub sink_logits: Option<Span>,
+    /// Which new tokens see which, `[num_tokens]` u32 on the device: bit `u` of word `t` says whether query
+    /// token `t` sees query token `u` of its sequence (bit `t` is set), where the layer's kind lets it.
+    /// Tokens before the new ones are seen as always. At most 32 query tokens per sequence; `None`: causal.
+    pub tree_mask: Option<Span>,
     /// Query heads on this rank, a multiple of the KV heads.
     pub num_qo_heads: u32,
     /// Sequences.
@@ -413,8 +419,14 @@ impl AttentionArgs {
     /// Checks what chooses the kernel and sizes the workspace.
     fn check_shape(&self) -> Result<()> {
         let shape = &self.kv.shape;
-        if !DTYPES.contains(&shape.dtype) {
-            return Err(Error::unsupported(OP, "KV dtype", shape.dtype.name(), "bf16, f16"));
+        if !DTYPES.contains(&self.dtype) {
+            return Err(Error::unsupported(OP, "dtype", self.dtype.name(), "bf16, f16"));
+        }
+        if shape.dtype != self.dtype {
+            return Err(Error::unsupported(OP, "KV dtype", shape.dtype.name(), self.dtype.name()));
+        }
+        if self.tree_mask.is_some() {
+            return Err(Error::unsupported(OP, "tree_mask", "given", "None"));
         }
         if !HEAD_DIMS.contains(&shape.head_dim) {
             return Err(Error::unsupported(OP, "head_dim", shape.head_dim, "64, 128, 256"));
@@ -458,7 +470,7 @@ impl AttentionArgs {
             [("q", &self.q, &self.q_strides), ("out", &self.out, &self.out_strides)]
         {
             let (tokens, heads) = (self.num_tokens, self.num_qo_heads);
-            strides.check(OP, name, span, tokens, heads, shape.head_dim, shape.dtype)?;
+            strides.check(OP, name, span, tokens, heads, shape.head_dim, self.dtype)?;
         }
         self.out_strides.check_disjoint(
             OP,
@@ -507,6 +519,8 @@ impl AttentionArgs {
         let partial = |offset| if splits == 1 { 0 } else { self.workspace.address + offset };
         let address = |span: Option<Span>| span.map_or(0, |span| span.address);
         let strides = &self.kv.strides;
+        let scales = self.kv.scales;
+        let scale_strides = scales.map_or(KvStrides::NONE, |scales| scales.strides);
         hkv_attention_params {
             q: self.q.address as *const _,
             out: self.out.address as *mut _,
@@ -520,6 +534,9 @@ impl AttentionArgs {
             first_block: address(self.tables.first_block) as *const _,
             windows: self.windows.rows.address as *const _,
             sink_logits: address(self.sink_logits) as *const _,
+            k_scale: address(scales.map(|scales| scales.k)) as *const _,
+            v_scale: address(scales.map(|scales| scales.v)) as *const _,
+            tree_mask: address(self.tree_mask) as *const _,
             partial_out: partial(0) as *mut _,
             partial_lse: partial(outputs) as *mut _,
             q_stride_token: self.q_strides.token,
@@ -530,6 +547,10 @@ impl AttentionArgs {
             kv_stride_layer: strides.layer,
             kv_stride_head: strides.head,
             kv_stride_token: strides.token,
+            scale_stride_block: scale_strides.block,
+            scale_stride_layer: scale_strides.layer,
+            scale_stride_head: scale_strides.head,
+            scale_stride_token: scale_strides.token,
             layer: self.layer as i32,
             num_seqs: self.num_seqs as i32,
             num_tokens: self.num_tokens as i32,
@@ -559,7 +580,7 @@ impl AttentionArgs {
             num_qo_heads: params.num_qo_heads,
             head_dim: self.kv.shape.head_dim as i32,
             in_dtype: Dtype::F32.code() as i32,
-            out_dtype: self.kv.shape.dtype.code() as i32,
+            out_dtype: self.dtype.code() as i32,
         }
     }
 }

@@ -380,6 +380,7 @@ mod tests {
             q_strides: strides,
             out: none,
             out_strides: strides,
+            dtype: Dtype::F16,
             lse: None,
             kv: KvView {
                 k: none,
@@ -389,6 +390,7 @@ mod tests {
                 block_size: 16,
                 num_blocks: 10,
                 num_layer_slots: 1,
+                scales: None,
             },
             qo_indptr: none,
             kv_len: none,
@@ -401,6 +403,7 @@ mod tests {
             windows: WindowTable { rows: none, num_layers: 1 },
             layer: 0,
             sink_logits: None,
+            tree_mask: None,
             num_qo_heads: 1,
             num_seqs: 2,
             num_tokens: 9,

@@ -11,6 +11,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 use crate::abi;
+use crate::e4m3;
 use crate::layout::Dtype;
 use crate::reference::{self, Logits, State};
 use crate::spec::AttentionKind;
@@ -27,7 +28,7 @@ pub(crate) unsafe fn append(p: &abi::hkv_append_params) {
     unsafe {
         let window = &*p.windows.offset(p.layer as isize);
         let slots = p.slot_mapping.offset(window.group as isize * p.num_tokens as isize);
-        let element = p.element_bytes as isize;
+        let element = dtype_of(p.kv_dtype).bytes() as isize;
         let bytes = (p.head_dim as isize * element) as usize;
         for token in 0..p.num_tokens as i64 {
             let slot = *slots.offset(token as isize);
@@ -351,6 +352,7 @@ fn dtype_of(code: i32) -> Dtype {
     match code as u32 {
         abi::HKV_DTYPE_BF16 => Dtype::Bf16,
         abi::HKV_DTYPE_F16 => Dtype::F16,
+        abi::HKV_DTYPE_E4M3 => Dtype::E4m3,
         _ => Dtype::F32,
     }
 }
@@ -374,6 +376,12 @@ unsafe fn load(base: *const u8, dtype: Dtype, offset: i64, out: &mut [f64]) {
                     *o = (*s).into();
                 }
             }
+            Dtype::E4m3 => {
+                let source = std::slice::from_raw_parts(address, out.len());
+                for (o, s) in out.iter_mut().zip(source) {
+                    *o = e4m3::to_f32(*s).into();
+                }
+            }
         }
     }
 }
@@ -395,6 +403,12 @@ unsafe fn store(base: *mut u8, dtype: Dtype, offset: i64, values: &[f64]) {
                 let target = std::slice::from_raw_parts_mut(address.cast::<f32>(), values.len());
                 for (t, v) in target.iter_mut().zip(values) {
                     *t = *v as f32;
+                }
+            }
+            Dtype::E4m3 => {
+                let target = std::slice::from_raw_parts_mut(address, values.len());
+                for (t, v) in target.iter_mut().zip(values) {
+                    *t = e4m3::from_f32(*v as f32);
                 }
             }
         }
@@ -464,6 +478,9 @@ mod tests {
                 first_block: first_block.as_ptr(),
                 windows: &window,
                 sink_logits: sink_logits.as_ptr(),
+                k_scale: std::ptr::null(),
+                v_scale: std::ptr::null(),
+                tree_mask: std::ptr::null(),
                 partial_out: partial_out.as_mut_ptr(),
                 partial_lse: partial_lse.as_mut_ptr(),
                 q_stride_token: i64::from(heads) * DIM as i64,
@@ -474,6 +491,10 @@ mod tests {
                 kv_stride_layer: 0,
                 kv_stride_head: (BLOCK * DIM) as i64,
                 kv_stride_token: DIM as i64,
+                scale_stride_block: 0,
+                scale_stride_layer: 0,
+                scale_stride_head: 0,
+                scale_stride_token: 0,
                 layer: 0,
                 num_seqs: 2,
                 num_tokens: tokens,

@@ -79,7 +79,9 @@ impl Distribution {
         let convert: fn(u16) -> u16 = match dtype {
             Dtype::Bf16 => |bits| bits,
             Dtype::F16 => |bits| f16::from_f32(bf16::from_bits(bits).to_f32()).to_bits(),
-            Dtype::F32 => return Err(Error::unsupported(OP, "dtype", "f32", "bf16, f16")),
+            Dtype::F32 | Dtype::E4m3 => {
+                return Err(Error::unsupported(OP, "dtype", dtype.name(), "bf16, f16"));
+            }
         };
         let elements = FIXTURE
             .chunks_exact(2)
@@ -221,7 +223,7 @@ unsafe fn run_on_cpu(p: &hkv_synthetic_params) {
 impl SyntheticArgs {
     fn check(&self) -> Result<()> {
         let KvShape { num_kv_heads, head_dim, dtype } = self.shape;
-        if dtype == Dtype::F32 {
+        if !matches!(dtype, Dtype::Bf16 | Dtype::F16) {
             return Err(Error::unsupported(OP, "dtype", dtype.name(), "bf16, f16"));
         }
         if head_dim == 0 || !(head_dim as usize).is_multiple_of(VECTOR) {

@@ -160,6 +160,7 @@ impl<'a> Attention<'a> {
             q_strides: strides,
             out: out.span(),
             out_strides: strides,
+            dtype: Dtype::Bf16,
             lse: None,
             kv: KvView::block_first(
                 pool.span(),
@@ -184,6 +185,7 @@ impl<'a> Attention<'a> {
             windows: WindowTable { rows: windows, num_layers: layers as u32 },
             layer: 0,
             sink_logits: None,
+            tree_mask: None,
             num_qo_heads: shape.heads.0 as u32,
             num_seqs: live.len() as u32,
             num_tokens: tokens as u32,

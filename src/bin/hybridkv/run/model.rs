@@ -160,6 +160,7 @@ impl Model {
             let append = AppendArgs {
                 k_new: self.k_new.span(),
                 v_new: self.v_new.span(),
+                dtype: shape.dtype,
                 new_strides: kv_strides,
                 kv: self.views[group],
                 slot_mapping: batch.slot_mapping,
@@ -173,6 +174,7 @@ impl Model {
                 q_strides: qo_strides,
                 out: self.out.span(),
                 out_strides: qo_strides,
+                dtype: shape.dtype,
                 lse: None,
                 kv: self.views[group],
                 qo_indptr: batch.qo_indptr,
@@ -181,6 +183,7 @@ impl Model {
                 windows,
                 layer,
                 sink_logits: self.sink_logits.as_ref().map(|logits| logits.span()),
+                tree_mask: None,
                 num_qo_heads,
                 num_seqs: batch.num_seqs,
                 num_tokens: batch.num_tokens,

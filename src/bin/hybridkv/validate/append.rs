@@ -154,6 +154,7 @@ impl Case {
         let args = AppendArgs {
             k_new: k.span(),
             v_new: v.span(),
+            dtype: self.dtype,
             new_strides: HeadStrides { token: token_stride as i64, head: head_stride as i64 },
             kv: KvView {
                 k: buffer.span(),
@@ -167,6 +168,7 @@ impl Case {
                 block_size: self.block_size as u32,
                 num_blocks: self.blocks as u64,
                 num_layer_slots: self.layers as u32,
+                scales: None,
             },
             slot_mapping: slots.span(),
             num_groups: self.groups as u32,

@@ -413,6 +413,7 @@ impl Buffers {
             q_strides: plan.q_strides,
             out: guarded(&self.out, 2),
             out_strides: plan.out_strides,
+            dtype: case.dtype,
             lse: case.lse.then(|| guarded(&self.lse, 4)),
             kv: KvView {
                 k: self.pool.span(),
@@ -426,6 +427,7 @@ impl Buffers {
                 block_size: case.block_size as u32,
                 num_blocks: plan.blocks as u64,
                 num_layer_slots: case.layers as u32,
+                scales: None,
             },
             qo_indptr: self.qo_indptr.span(),
             kv_len: self.kv_len.span(),
@@ -441,6 +443,7 @@ impl Buffers {
             },
             layer: plan.layer as u32,
             sink_logits: case.sink_logits.then(|| self.sink_logits.span()),
+            tree_mask: None,
             num_qo_heads: case.qo_heads() as u32,
             num_seqs: most(&|p| p.seqs.len()),
             num_tokens: self.tokens as u32,

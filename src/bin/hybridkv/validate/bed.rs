@@ -97,7 +97,8 @@ pub fn tolerance(dtype: Dtype) -> Tolerance {
     let relative = match dtype {
         Dtype::Bf16 => 4e-3,
         Dtype::F16 => 5e-4,
-        Dtype::F32 => 1e-5,
+        // No output is of 8 bits.
+        Dtype::F32 | Dtype::E4m3 => 1e-5,
     };
     Tolerance {
         relative,
@@ -111,7 +112,7 @@ pub fn tolerance(dtype: Dtype) -> Tolerance {
 pub fn floor(dtype: Dtype) -> f64 {
     match dtype {
         Dtype::F16 => 2f64.powi(-25),
-        Dtype::Bf16 | Dtype::F32 => 2f64.powi(-126),
+        Dtype::Bf16 | Dtype::F32 | Dtype::E4m3 => 2f64.powi(-126),
     }
 }
 

@@ -322,6 +322,7 @@ impl<'a> Problem<'a> {
             q_strides: HeadStrides::contiguous(case.heads.0 as u32, DIM as u32),
             out: out.span(),
             out_strides: HeadStrides::contiguous(case.heads.0 as u32, DIM as u32),
+            dtype: case.dtype,
             lse: Some(lse.span()),
             kv: KvView {
                 k: pool.span(),
@@ -340,6 +341,7 @@ impl<'a> Problem<'a> {
                 block_size: case.block_size as u32,
                 num_blocks: blocks as u64,
                 num_layer_slots: 1,
+                scales: None,
             },
             qo_indptr: qo_indptr.span(),
             kv_len: kv_len.span(),
@@ -352,6 +354,7 @@ impl<'a> Problem<'a> {
             windows: WindowTable { rows: windows.span(), num_layers: 1 },
             layer: 0,
             sink_logits: None,
+            tree_mask: None,
             num_qo_heads: case.heads.0 as u32,
             num_seqs: self.seqs.len() as u32,
             num_tokens: tokens as u32,
