@@ -8,7 +8,7 @@ use std::sync::Arc;
 use hybridkv::device::{Device, StreamRef};
 use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind, HostSize};
 use hybridkv::error::ErrorKind;
-use hybridkv::manager::{Direction, Outcome, Transfer};
+use hybridkv::manager::{BlockHash, Direction, Outcome, Path, Transfer};
 use hybridkv::ops::Kernels;
 
 const BLOCK: usize = 4096 + 128;
@@ -18,12 +18,16 @@ fn engine(device: &Device, config: EngineConfig) -> Engine {
     Engine::new(Arc::new(Kernels::load(device).unwrap()), config).unwrap()
 }
 
+fn transfer(id: u64, path: Path) -> Transfer {
+    Transfer { id, path, group: 0, hash: BlockHash::NONE, seq: None }
+}
+
 fn offload(id: u64, block: u32, slot: u32) -> Transfer {
-    Transfer { id, direction: Direction::Offload, group: 0, block, slot, seq: None }
+    transfer(id, Path::Offload { from: block, to: slot })
 }
 
 fn onboard(id: u64, slot: u32, block: u32) -> Transfer {
-    Transfer { id, direction: Direction::Onboard, group: 0, block, slot, seq: None }
+    transfer(id, Path::Onboard { from: slot, to: block })
 }
 
 /// Stands for a step that writes a block.
@@ -169,15 +173,15 @@ fn bytes_survive_thousands_of_transfers_under_pressure() {
         for step in 0..3000 {
             let block = 1 + random.below(CONFIG.num_blocks as usize - 1);
             let slot = random.below(CONFIG.num_slots as usize);
-            let busy = |of: fn(&Transfer) -> u32, x: usize| {
-                outstanding.iter().any(|t| of(t) as usize == x)
-            };
-            let (block_busy, slot_busy) = (busy(|t| t.block, block), busy(|t| t.slot, slot));
+            let block_busy = outstanding.iter().any(|t| t.path.block() == Some(block as u32));
+            let slot_busy = outstanding.iter().any(|t| t.path.slot() == slot as u32);
             let mut start = |direction, engine: &mut Engine| {
                 let id = next_id;
                 next_id += 1;
-                let (block, slot) = (block as u32, slot as u32);
-                let transfer = Transfer { id, direction, group: 0, block, slot, seq: None };
+                let transfer = match direction {
+                    Direction::Offload => offload(id, block as u32, slot as u32),
+                    _ => onboard(id, slot as u32, block as u32),
+                };
                 outstanding.push(transfer);
                 engine.submit(&[transfer], compute.as_ref()).unwrap();
             };
@@ -204,10 +208,11 @@ fn bytes_survive_thousands_of_transfers_under_pressure() {
                 assert_eq!(outcome, Outcome::Succeeded);
                 let at = outstanding.iter().position(|t| t.id == id).expect("reported twice");
                 let transfer = outstanding.swap_remove(at);
+                let slot = transfer.path.slot();
                 if let (Direction::Offload, Some(byte)) =
-                    (transfer.direction, slots[transfer.slot as usize])
+                    (transfer.path.direction(), slots[slot as usize])
                 {
-                    assert!(holds(&engine.slot(transfer.slot).unwrap()[..BLOCK], byte));
+                    assert!(holds(&engine.slot(slot).unwrap()[..BLOCK], byte));
                 }
             }
             assert_eq!(engine.outstanding(), outstanding.len());

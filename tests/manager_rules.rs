@@ -38,6 +38,10 @@ fn transfers(m: &mut Manager) -> Vec<Transfer> {
     std::iter::from_fn(|| m.next_transfer()).collect()
 }
 
+fn block(transfer: &Transfer) -> u32 {
+    transfer.path.block().expect("to or from the device")
+}
+
 fn complete_all(m: &mut Manager, outcome: Outcome) -> Vec<Completion> {
     let all = transfers(m);
     all.iter().map(|t| m.complete(t.id, outcome).unwrap()).collect()
@@ -77,11 +81,11 @@ fn r1_hits_are_pinned_from_the_allocation_on() {
     let free = m.free_blocks();
     assert_eq!(free, 8 - 4);
     let other = m.allocate(4, &tokens(5000, 64), KEYS, 0).unwrap();
-    assert!(loads.iter().all(|load| !other.new_blocks[0].contains(&load.block)));
+    assert!(loads.iter().all(|load| !other.new_blocks[0].contains(&block(load))));
     assert!(m.allocate(5, &tokens(6000, 16), KEYS, 0).is_err());
     // The host slots that are read stay, whatever else is stored.
     m.advance(4, 64, 64).unwrap();
-    assert!(transfers(&mut m).iter().all(|t| loads.iter().all(|load| t.slot != load.slot)));
+    assert!(transfers(&mut m).iter().all(|t| loads.iter().all(|l| t.path.slot() != l.path.slot())));
     for load in &loads {
         m.complete(load.id, Outcome::Succeeded).unwrap();
     }
@@ -116,13 +120,13 @@ fn r2_a_block_is_not_reused_while_it_is_stored() {
     m.advance(1, 64, 64).unwrap();
     let stores = transfers(&mut m);
     assert_eq!(stores.len(), 4);
-    assert!(stores.iter().all(|t| t.direction == Direction::Offload));
+    assert!(stores.iter().all(|t| t.path.direction() == Direction::Offload));
     m.free(1).unwrap();
     assert_eq!(m.free_blocks(), 0);
     assert!(m.allocate(2, &tokens(1000, 16), KEYS, 0).is_err());
     m.complete(stores[2].id, Outcome::Succeeded).unwrap();
     let allocation = m.allocate(2, &tokens(1000, 16), KEYS, 0).unwrap();
-    assert_eq!(allocation.new_blocks[0], [stores[2].block]);
+    assert_eq!(allocation.new_blocks[0], [block(&stores[2])]);
 }
 
 #[test]

@@ -24,7 +24,7 @@ use std::sync::Arc;
 use crate::device::{DeviceBuffer, Event, PinnedBuffer, Span, StreamRef};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::KvView;
-use crate::manager::{Direction, HostSlot, Outcome, Transfer, TransferId};
+use crate::manager::{Direction, HostSlot, Outcome, Place, Transfer, TransferId};
 use crate::ops::Kernels;
 use crate::spec::{GroupPlan, LayerGroup};
 use fault::Faults;
@@ -229,18 +229,24 @@ impl Engine {
             return Ok(());
         }
         for transfer in transfers {
-            self.block(transfer.block)?;
-            self.slot_span(transfer.slot)?;
+            if let Some(block) = transfer.path.block() {
+                self.block(block)?;
+            }
+            self.slot_span(transfer.path.slot())?;
+            if matches!(transfer.path.direction(), Direction::Persist | Direction::Fetch) {
+                return Err(Error::invalid(OP, "this engine has no storage tier"));
+            }
         }
         compute.record(&self.fence)?;
         for direction in [Direction::Offload, Direction::Onboard] {
-            let mut moves = transfers.iter().filter(|t| t.direction == direction).peekable();
+            let of_direction = |t: &&Transfer| t.path.direction() == direction;
+            let mut moves = transfers.iter().filter(of_direction).peekable();
             if moves.peek().is_none() {
                 continue;
             }
             let lane = match direction {
                 Direction::Offload => &mut self.offload,
-                Direction::Onboard => &mut self.onboard,
+                _ => &mut self.onboard,
             };
             if !self.faults.take_unordered(direction) {
                 lane.wait(&self.fence)?;
@@ -252,13 +258,14 @@ impl Engine {
                     &mut self.faults,
                     moves.by_ref().map(|transfer| {
                         let bytes = self.config.block_bytes as u64;
-                        let block = self.pool.address() + transfer.block as u64 * bytes;
-                        let slot = self.arena.address()
-                            + transfer.slot as u64 * slot_bytes(bytes as usize);
-                        let (src, dst) = match direction {
-                            Direction::Offload => (block, slot),
-                            Direction::Onboard => (slot, block),
+                        let address = |place| match place {
+                            Place::Device(block) => self.pool.address() + block as u64 * bytes,
+                            Place::Host(slot) | Place::Storage(slot) => {
+                                self.arena.address() + slot as u64 * slot_bytes(bytes as usize)
+                            }
                         };
+                        let (src, dst) =
+                            (address(transfer.path.from()), address(transfer.path.to()));
                         Move { id: transfer.id, direction, src, dst, bytes }
                     }),
                 )?;

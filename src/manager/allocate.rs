@@ -259,16 +259,9 @@ impl Manager {
         host.touch(slot);
         host.stats[group].hit_blocks += 1;
         self.device.pool.pin(block);
-        self.stats.onboards.started += 1;
-        let transfer = Transfer {
-            id: 0,
-            direction: Direction::Onboard,
-            group: group as u32,
-            block,
-            slot,
-            seq: Some(seq),
-        };
-        let id = self.flights.start(transfer, generation, hash, index);
+        self.stats.of(Direction::Onboard).started += 1;
+        let path = Path::Onboard { from: slot, to: block };
+        let id = self.flights.start(path, (group, hash), index, Some((seq, generation)));
         Some((block, id))
     }
 }

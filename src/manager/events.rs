@@ -9,6 +9,8 @@ pub enum Tier {
     Device,
     /// Pinned host memory.
     Host,
+    /// Storage.
+    Storage,
 }
 
 /// What happened.

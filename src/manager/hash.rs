@@ -16,7 +16,7 @@ pub struct BlockHash([u8; 16]);
 
 impl BlockHash {
     /// Stands for no block.
-    pub(super) const NONE: Self = Self([0; 16]);
+    pub const NONE: Self = Self([0; 16]);
 
     /// Its bytes.
     pub fn as_bytes(&self) -> &[u8; 16] {

@@ -27,6 +27,7 @@ use std::collections::HashSet;
 pub use self::events::{Event, EventKind, Tier};
 pub use self::hash::{BlockHash, HashedTokens};
 pub use self::stats::{Stats, TierStats, TransferStats, Usage};
+pub use self::transfer::{Direction, Path, Place, Transfer};
 
 use self::allocate::cache;
 use self::events::Events;
@@ -47,6 +48,8 @@ pub type SeqId = u64;
 pub type BlockId = u32;
 /// Index of a block-sized slot in the host tier.
 pub type HostSlot = u32;
+/// Index of a block-sized slot in the storage tier.
+pub type StorageSlot = u32;
 /// Name of one transfer; never reused.
 pub type TransferId = u64;
 
@@ -148,34 +151,6 @@ pub struct Allocation {
     pub num_tokens: usize,
     /// Transfers that must complete before the sequence is ready; empty when it is ready now.
     pub loads: Vec<TransferId>,
-}
-
-/// Which way a transfer goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Direction {
-    /// Device to host. Starts after the work that wrote the block (already submitted when emitted) and
-    /// keeps the block until it completes (R2).
-    Offload,
-    /// Host to device. Starts after all work submitted so far, which may still read or write the target
-    /// (R3); pins slot and block until it completes (R1).
-    Onboard,
-}
-
-/// One block to move. Emitted once; must be answered once by [`Manager::complete`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Transfer {
-    /// Its name.
-    pub id: TransferId,
-    /// Which way.
-    pub direction: Direction,
-    /// Layer group of the block.
-    pub group: u32,
-    /// Block of the device pool.
-    pub block: BlockId,
-    /// Slot of the host tier.
-    pub slot: HostSlot,
-    /// The sequence waiting for an onboard.
-    pub seq: Option<SeqId>,
 }
 
 /// How a transfer ended. *Completed* and *succeeded* are different things (R8).

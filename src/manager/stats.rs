@@ -1,5 +1,7 @@
 //! Counters, per layer group and tier.
 
+use super::Direction;
+
 /// Counters of one group in one tier. All but the occupancy only grow.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct TierStats {
@@ -43,10 +45,26 @@ pub struct Stats {
     pub offloads_refused: u64,
     /// Onboards.
     pub onboards: TransferStats,
+    /// Transfers from the host to storage.
+    pub persists: TransferStats,
+    /// Transfers from storage to the host.
+    pub fetches: TransferStats,
     /// Per group, the device tier.
     pub device: Vec<TierStats>,
     /// Per group, the host tier; empty without one.
     pub host: Vec<TierStats>,
+}
+
+impl Stats {
+    /// The counters of one direction of transfers.
+    pub(super) fn of(&mut self, direction: Direction) -> &mut TransferStats {
+        match direction {
+            Direction::Offload => &mut self.offloads,
+            Direction::Onboard => &mut self.onboards,
+            Direction::Persist => &mut self.persists,
+            Direction::Fetch => &mut self.fetches,
+        }
+    }
 }
 
 /// How full the tiers are, in blocks.

@@ -13,12 +13,134 @@ use super::*;
 /// Blocks offered to the host in one act, all of which it takes or none; fewer when slots are short.
 const OFFER: usize = 64;
 
+/// Which way a transfer goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// Device to host. Starts after the work that wrote the block (already submitted when emitted) and
+    /// keeps the block until it completes (R2).
+    Offload,
+    /// Host to device. Starts after all work submitted so far, which may still read or write the target
+    /// (R3); pins slot and block until it completes (R1).
+    Onboard,
+    /// Host to storage. Pins the slot until it completes.
+    Persist,
+    /// Storage to host. Pins both slots until it completes (R1).
+    Fetch,
+}
+
+/// Where a block lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// A block of the device pool.
+    Device(BlockId),
+    /// A slot of the host tier.
+    Host(HostSlot),
+    /// A slot of the storage tier.
+    Storage(StorageSlot),
+}
+
+/// From where to where a transfer goes. The host is the gateway: nothing moves between device and storage
+/// at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Path {
+    /// See [`Direction::Offload`].
+    Offload {
+        /// Source.
+        from: BlockId,
+        /// Target.
+        to: HostSlot,
+    },
+    /// See [`Direction::Onboard`].
+    Onboard {
+        /// Source.
+        from: HostSlot,
+        /// Target.
+        to: BlockId,
+    },
+    /// See [`Direction::Persist`].
+    Persist {
+        /// Source.
+        from: HostSlot,
+        /// Target.
+        to: StorageSlot,
+    },
+    /// See [`Direction::Fetch`].
+    Fetch {
+        /// Source.
+        from: StorageSlot,
+        /// Target.
+        to: HostSlot,
+    },
+}
+
+impl Path {
+    /// Which way it goes.
+    pub fn direction(&self) -> Direction {
+        match self {
+            Self::Offload { .. } => Direction::Offload,
+            Self::Onboard { .. } => Direction::Onboard,
+            Self::Persist { .. } => Direction::Persist,
+            Self::Fetch { .. } => Direction::Fetch,
+        }
+    }
+
+    /// Where the block lies.
+    pub fn from(&self) -> Place {
+        match *self {
+            Self::Offload { from, .. } => Place::Device(from),
+            Self::Onboard { from, .. } | Self::Persist { from, .. } => Place::Host(from),
+            Self::Fetch { from, .. } => Place::Storage(from),
+        }
+    }
+
+    /// Where it goes.
+    pub fn to(&self) -> Place {
+        match *self {
+            Self::Onboard { to, .. } => Place::Device(to),
+            Self::Offload { to, .. } | Self::Fetch { to, .. } => Place::Host(to),
+            Self::Persist { to, .. } => Place::Storage(to),
+        }
+    }
+
+    /// The host slot at one of its ends.
+    pub fn slot(&self) -> HostSlot {
+        match *self {
+            Self::Offload { to: slot, .. }
+            | Self::Onboard { from: slot, .. }
+            | Self::Persist { from: slot, .. }
+            | Self::Fetch { to: slot, .. } => slot,
+        }
+    }
+
+    /// The device block at one of its ends, if there is one.
+    pub fn block(&self) -> Option<BlockId> {
+        match *self {
+            Self::Offload { from: block, .. } | Self::Onboard { to: block, .. } => Some(block),
+            Self::Persist { .. } | Self::Fetch { .. } => None,
+        }
+    }
+}
+
+/// One block to move. Emitted once; must be answered once by [`Manager::complete`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Transfer {
+    /// Its name.
+    pub id: TransferId,
+    /// From where to where.
+    pub path: Path,
+    /// Layer group of the block.
+    pub group: u32,
+    /// With the group, the key of the block.
+    pub hash: BlockHash,
+    /// The sequence waiting for it, if one does.
+    pub seq: Option<SeqId>,
+}
+
 /// A transfer that has not been answered.
 pub(super) struct Flight {
     transfer: Transfer,
     /// Whether it has been handed out.
     started: bool,
-    hash: BlockHash,
     /// Index of the block in its sequence.
     index: usize,
     /// Generation of the waiting sequence: another one may live under its name by now.
@@ -34,20 +156,23 @@ pub(super) struct Flights {
 }
 
 impl Flights {
-    /// Emits a transfer, of which the name is given here.
+    /// Emits a transfer of block `index` of its sequence; `waiting` is the sequence that waits for it and
+    /// its generation.
     pub fn start(
         &mut self,
-        mut transfer: Transfer,
-        generation: u64,
-        hash: BlockHash,
+        path: Path,
+        (group, hash): (usize, BlockHash),
         index: usize,
+        waiting: Option<(SeqId, u64)>,
     ) -> TransferId {
-        transfer.id = self.next;
+        let id = self.next;
         self.next += 1;
-        self.flying
-            .insert(transfer.id, Flight { transfer, started: false, hash, index, generation });
-        self.outbox.push_back(transfer.id);
-        transfer.id
+        let seq = waiting.map(|(seq, _)| seq);
+        let transfer = Transfer { id, path, group: group as u32, hash, seq };
+        let generation = waiting.map_or(0, |(_, generation)| generation);
+        self.flying.insert(id, Flight { transfer, started: false, index, generation });
+        self.outbox.push_back(id);
+        id
     }
 
     /// Transfers not answered yet.
@@ -80,20 +205,22 @@ impl Manager {
         else {
             return Err(Error::new("complete", ErrorKind::UnknownTransfer(id)));
         };
-        let Transfer { direction, group, block, slot, seq, .. } = flight.transfer;
+        let Transfer { path, group, hash, seq, .. } = flight.transfer;
         self.events.seal();
         let mut succeeded = outcome == Outcome::Succeeded;
-        let stats = match direction {
-            Direction::Offload => &mut self.stats.offloads,
-            Direction::Onboard => &mut self.stats.onboards,
-        };
+        let stats = self.stats.of(path.direction());
         stats.succeeded += u64::from(succeeded);
         stats.failed += u64::from(!succeeded);
+        let (slot, block) = match path {
+            Path::Offload { from: block, to: slot } => {
+                self.device.pool.unpin(block);
+                host.stored(slot, succeeded, &mut self.events);
+                return Ok(Completion::Pending);
+            }
+            Path::Onboard { from: slot, to: block } => (slot, block),
+            Path::Persist { .. } | Path::Fetch { .. } => return Ok(Completion::Pending),
+        };
         self.device.pool.unpin(block);
-        if direction == Direction::Offload {
-            host.stored(slot, succeeded, &mut self.events);
-            return Ok(Completion::Pending);
-        }
 
         // What a slot held when it was pinned may have been disowned since, and what could not be loaded
         // must not be hit again.
@@ -110,9 +237,8 @@ impl Manager {
             return Ok(Completion::Pending);
         };
         if succeeded {
-            self.device.insert(group as usize, flight.hash, flight.index, block);
-            let (index, hash) = (flight.index as u32, flight.hash);
-            self.events.push(EventKind::Stored, group, Tier::Device, index, hash);
+            self.device.insert(group as usize, hash, flight.index, block);
+            self.events.push(EventKind::Stored, group, Tier::Device, flight.index as u32, hash);
         } else {
             sequence.lost.push((group as usize, flight.index));
         }
@@ -224,16 +350,9 @@ pub(super) fn offer(
                 let Offer { hash, index, .. } = offers[i];
                 let block = row.table[index as usize];
                 device.pool.pin(block);
-                let transfer = Transfer {
-                    id: 0,
-                    direction: Direction::Offload,
-                    group: g as u32,
-                    block,
-                    slot,
-                    seq: None,
-                };
-                flights.start(transfer, 0, hash, index as usize);
-                stats.offloads.started += 1;
+                let path = Path::Offload { from: block, to: slot };
+                flights.start(path, (g, hash), index as usize, None);
+                stats.of(Direction::Offload).started += 1;
             }
             row.stored.extend(offers.iter().map(|offer| offer.index));
             stored += offers.len();

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use hybridkv::manager::{
-    Completion, Direction, ExtraKeys, HostConfig, Manager, ManagerConfig, Outcome, Transfer,
+    Completion, ExtraKeys, HostConfig, Manager, ManagerConfig, Outcome, Path, Place, Transfer,
 };
 use proptest::prelude::*;
 
@@ -63,9 +63,10 @@ impl World {
     /// Starts all emitted transfers: until they succeed their targets hold garbage.
     fn start_transfers(&mut self) {
         while let Some(transfer) = self.m.next_transfer() {
-            match transfer.direction {
-                Direction::Offload => self.host[transfer.slot as usize] = [None; 4],
-                Direction::Onboard => self.device[transfer.block as usize] = [None; 4],
+            match transfer.path.to() {
+                Place::Host(slot) => self.host[slot as usize] = [None; 4],
+                Place::Device(block) => self.device[block as usize] = [None; 4],
+                Place::Storage(_) => unreachable!("no storage tier"),
             }
             self.flying.push(transfer);
         }
@@ -74,10 +75,10 @@ impl World {
     fn complete(&mut self, at: usize, outcome: Outcome) {
         let transfer = self.flying.swap_remove(at);
         if outcome == Outcome::Succeeded {
-            let (block, slot) = (transfer.block as usize, transfer.slot as usize);
-            match transfer.direction {
-                Direction::Offload => self.host[slot] = self.device[block],
-                Direction::Onboard => self.device[block] = self.host[slot],
+            match transfer.path {
+                Path::Offload { from, to } => self.host[to as usize] = self.device[from as usize],
+                Path::Onboard { from, to } => self.device[to as usize] = self.host[from as usize],
+                Path::Persist { .. } | Path::Fetch { .. } => unreachable!("no storage tier"),
             }
         }
         match self.m.complete(transfer.id, outcome).unwrap() {
@@ -213,8 +214,11 @@ impl World {
                 }
             }
         }
-        let busy: BTreeSet<u32> =
-            counts.keys().copied().chain(self.flying.iter().map(|t| t.block)).collect();
+        let busy: BTreeSet<u32> = counts
+            .keys()
+            .copied()
+            .chain(self.flying.iter().filter_map(|t| t.path.block()))
+            .collect();
         prop_assert_eq!(self.m.ref_counts(), counts.into_iter().collect::<Vec<_>>());
         let free: BTreeSet<u32> = self.m.free_queue().into_iter().collect();
         prop_assert_eq!(free.len(), self.m.free_blocks());
@@ -223,7 +227,7 @@ impl World {
         prop_assert_eq!(self.m.transfers_in_flight(), self.flying.len());
         let usage = self.m.usage();
         prop_assert!(usage.host_used <= usage.host_capacity);
-        let slots: BTreeSet<u32> = self.flying.iter().map(|t| t.slot).collect();
+        let slots: BTreeSet<u32> = self.flying.iter().map(|t| t.path.slot()).collect();
         prop_assert_eq!(usage.host_pinned, slots.len());
         Ok(())
     }

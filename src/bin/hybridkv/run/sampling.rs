@@ -10,7 +10,7 @@ use std::sync::Arc;
 use hybridkv::device::{Device, Span, StreamRef};
 use hybridkv::engine::{Engine, SeqSlice};
 use hybridkv::error::Result;
-use hybridkv::manager::{BlockId, HostSlot, Manager, Outcome, SeqId, Transfer, TransferId};
+use hybridkv::manager::{BlockId, HostSlot, Manager, Outcome, SeqId, TransferId};
 
 use super::conversations::Random;
 use super::setup::Setup;
@@ -184,14 +184,19 @@ impl Sampler {
         Ok(())
     }
 
-    /// An offload has been emitted: perhaps its slot is looked at later.
-    pub fn offload_started(&mut self, transfer: &Transfer) {
+    /// The offload of a block of a group has been emitted: perhaps its slot is looked at later.
+    pub fn offload_started(
+        &mut self,
+        id: TransferId,
+        group: usize,
+        block: BlockId,
+        slot: HostSlot,
+    ) {
         if self.random.chance(self.fraction) {
-            let group = transfer.group as usize;
-            let first = transfer.block as usize * self.stride;
+            let first = block as usize * self.stride;
             let hashes = self.contents[first..first + self.block_sizes[group]].to_vec();
             let expected = ExpectedBlock { occasion: Occasion::HostSlot, group, hashes };
-            self.offloads.insert(transfer.id, (transfer.slot, expected));
+            self.offloads.insert(id, (slot, expected));
         }
     }
 

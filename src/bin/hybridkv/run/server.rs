@@ -17,7 +17,7 @@ use hybridkv::device::{Device, Event, Stream};
 use hybridkv::engine::{BatchTables, Engine, Fault, SeqSlice};
 use hybridkv::error::{Error, ErrorKind, Result};
 use hybridkv::manager::{
-    BlockId, Completion, Direction, ExtraKeys, Manager, Outcome, SeqId, Transfer, TransferId,
+    BlockId, Completion, ExtraKeys, Manager, Outcome, Path, SeqId, Transfer, TransferId,
 };
 use hybridkv::ops::Kernels;
 use hybridkv::ops::synthetic::history;
@@ -574,18 +574,18 @@ impl Server {
         self.transfers.clear();
         while let Some(transfer) = self.manager.next_transfer() {
             self.transfers.push(transfer);
-            match (transfer.direction, transfer.seq) {
-                (Direction::Onboard, Some(seq)) => {
+            match (transfer.path, transfer.seq) {
+                (Path::Onboard { to, .. }, Some(seq)) => {
                     if let Some(live) = self.running.iter_mut().find(|live| live.seq == seq) {
-                        live.loads.push((transfer.group as usize, transfer.block));
+                        live.loads.push((transfer.group as usize, to));
                     }
                 }
-                (Direction::Offload, _) => {
+                (Path::Offload { from, to }, _) => {
                     if let Some(sampler) = &mut self.sampler {
-                        sampler.offload_started(&transfer);
+                        sampler.offload_started(transfer.id, transfer.group as usize, from, to);
                     }
                 }
-                (Direction::Onboard, None) => {}
+                _ => {}
             }
         }
         self.engine.submit(&self.transfers, (*self.compute).as_ref())
