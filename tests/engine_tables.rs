@@ -31,7 +31,7 @@ fn groups() -> Vec<LayerGroup> {
 
 fn manager(groups: &[LayerGroup]) -> Manager {
     let group = |g: &LayerGroup| GroupConfig {
-        kind: g.kind,
+        kind: g.kind.into(),
         sink_tokens: g.sink_tokens,
         block_size: g.block_size,
     };

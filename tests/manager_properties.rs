@@ -8,15 +8,19 @@ mod bytes;
 mod oracle;
 
 use hybridkv::manager::{GroupConfig, ManagerConfig, Retention};
-use hybridkv::spec::AttentionKind;
+use hybridkv::spec::{AttentionKind, GroupKind};
 use proptest::prelude::*;
 
 /// Whether a query at `i` sees the key at `j`: the definition, once more.
 fn sees(group: &GroupConfig, i: usize, j: usize) -> bool {
     let kind = match group.kind {
-        AttentionKind::Full => true,
-        AttentionKind::Sliding { window } => i - j < window as usize,
-        AttentionKind::Chunked { chunk } => i / chunk as usize == j / chunk as usize,
+        GroupKind::Attention(AttentionKind::Full) => true,
+        GroupKind::Attention(AttentionKind::Sliding { window }) => i - j < window as usize,
+        GroupKind::Attention(AttentionKind::Chunked { chunk }) => {
+            i / chunk as usize == j / chunk as usize
+        }
+        // What follows needs the state that the last token left, and no other.
+        GroupKind::State => i - j <= 1,
     };
     j <= i && (kind || j < group.sink_tokens as usize)
 }
@@ -40,8 +44,13 @@ fn groups() -> impl Strategy<Value = Vec<GroupConfig>> {
         2 => (1u32..14).prop_map(|chunk| AttentionKind::Chunked { chunk }),
     ];
     let sinks = prop_oneof![3 => Just(0u32), 1 => 1u32..7];
-    let group = (kind, sinks, prop_oneof![Just(2u32), Just(4)])
-        .prop_map(|(kind, sink_tokens, block_size)| GroupConfig { kind, sink_tokens, block_size });
+    let group = (kind, sinks, prop_oneof![Just(2u32), Just(4)]).prop_map(
+        |(kind, sink_tokens, block_size)| GroupConfig {
+            kind: kind.into(),
+            sink_tokens,
+            block_size,
+        },
+    );
     prop::collection::vec(group, 1..4)
 }
 

@@ -16,7 +16,7 @@ fn sliding(window: u32) -> AttentionKind {
 
 /// A manager with blocks of 16 tokens and dense retention.
 fn manager(kinds: &[AttentionKind], num_blocks: u32, host_slots: u32) -> Manager {
-    let group = |&kind| GroupConfig { kind, sink_tokens: 0, block_size: 16 };
+    let group = |&kind| GroupConfig::new(kind, 16);
     Manager::new(ManagerConfig {
         groups: kinds.iter().map(group).collect(),
         num_blocks,

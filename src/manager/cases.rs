@@ -10,6 +10,7 @@ use super::hash::BlockHash;
 use super::retention::Boundaries;
 use super::tiers::host::Offer;
 use super::*;
+use crate::spec::AttentionKind;
 
 const CASES: &str = include_str!("../../tests/fixtures/semantics/cases.json");
 
@@ -32,7 +33,7 @@ fn number(value: &Value) -> usize {
 }
 
 fn group(kind: AttentionKind, block_size: u32) -> GroupConfig {
-    GroupConfig { kind, sink_tokens: 0, block_size }
+    GroupConfig::new(kind, block_size)
 }
 
 /// The settings of the peers the cases come from: dense retention, no slack, no host tier.

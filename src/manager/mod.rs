@@ -40,7 +40,7 @@ use self::tiers::device::DeviceTier;
 use self::tiers::host::HostTier;
 use self::transfer::{Flights, offer};
 use crate::error::{Error, ErrorKind, Result};
-use crate::spec::{AttentionKind, LayerGroup};
+use crate::spec::{GroupKind, LayerGroup};
 
 /// A caller-chosen name of a live sequence.
 pub type SeqId = u64;
@@ -56,15 +56,20 @@ pub type TransferId = u64;
 /// One layer group as the manager sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GroupConfig {
-    /// What its layers' queries see.
-    pub kind: AttentionKind,
-    /// Sink tokens: their blocks are kept, cached and required for a hit.
+    /// What it keeps of a sequence.
+    pub kind: GroupKind,
+    /// Sink tokens: their blocks are kept, cached and required for a hit. States have none.
     pub sink_tokens: u32,
-    /// Tokens per block.
+    /// Tokens per block; of a state group, tokens between the places where a state can be kept.
     pub block_size: u32,
 }
 
 impl GroupConfig {
+    /// A group without sinks.
+    pub fn new(kind: impl Into<GroupKind>, block_size: u32) -> Self {
+        Self { kind: kind.into(), sink_tokens: 0, block_size }
+    }
+
     /// Most blocks a request of `tokens` holds at once in this group when at most `in_flight` of them are
     /// computed and not settled. The block size is at least 1.
     pub(crate) fn max_blocks(&self, tokens: usize, in_flight: usize) -> usize {
@@ -74,7 +79,11 @@ impl GroupConfig {
 
 impl From<&LayerGroup> for GroupConfig {
     fn from(group: &LayerGroup) -> Self {
-        Self { kind: group.kind, sink_tokens: group.sink_tokens, block_size: group.block_size }
+        Self {
+            kind: group.kind.into(),
+            sink_tokens: group.sink_tokens,
+            block_size: group.block_size,
+        }
     }
 }
 
@@ -507,6 +516,9 @@ fn check_groups(op: &'static str, groups: &[GroupConfig]) -> Result<(usize, usiz
             ));
         }
         group.kind.check(op)?;
+        if group.kind == GroupKind::State {
+            return Err(Error::unsupported(op, "a group of", "recurrent states", "attention"));
+        }
         let block_size = group.block_size as usize;
         unit = gcd(unit, block_size);
         alignment = (alignment / gcd(alignment, block_size))

@@ -6,7 +6,6 @@ use super::hash::BlockHash;
 use super::pool::NULL;
 use super::tiers::device::DeviceTier;
 use super::tiers::host::HostTier;
-use crate::spec::AttentionKind;
 
 /// Where to search.
 pub(super) struct Search<'a> {
@@ -47,7 +46,7 @@ impl Search<'_> {
         // Full groups are looked up once: a prefix of their hit is a hit.
         let (mut full, mut full_device, mut any_full) = (limit, limit, false);
         for (g, group) in self.groups.iter().enumerate() {
-            if group.kind != AttentionKind::Full {
+            if !group.is_full() {
                 continue;
             }
             any_full = true;
@@ -71,8 +70,7 @@ impl Search<'_> {
         let full = align_down(full, self.alignment);
         let full_device = align_down(full_device.min(full), self.alignment);
 
-        let windowed =
-            self.groups.iter().enumerate().filter(|(_, g)| g.kind != AttentionKind::Full);
+        let windowed = self.groups.iter().enumerate().filter(|(_, g)| !g.is_full());
         let device_tokens = fixed_point(windowed.clone(), full_device, self.alignment, |g, b| {
             self.on_device(g, b) != NULL
         });
@@ -88,7 +86,7 @@ impl Search<'_> {
         for (g, group) in self.groups.iter().enumerate() {
             let end = tokens / group.block_size;
             rows[g].resize(end, NULL);
-            if group.kind != AttentionKind::Full {
+            if !group.is_full() {
                 for b in group.needed(tokens) {
                     rows[g][b] = self.on_device(g, b);
                 }

@@ -8,7 +8,7 @@
 
 use super::Retention;
 use super::groups::{Group, align_down};
-use crate::spec::AttentionKind;
+use crate::spec::{AttentionKind, GroupKind};
 
 /// The retained boundaries of one sequence that do not come at an interval, in tokens; 0 for none.
 #[derive(Debug, Clone, Copy, Default)]
@@ -38,9 +38,9 @@ impl Policy {
     /// Whether block `b` of a group is worth caching.
     pub fn keeps(&self, group: &Group, boundaries: &Boundaries, b: usize) -> bool {
         let all = match group.kind {
-            AttentionKind::Full => true,
-            AttentionKind::Chunked { .. } => self.retention.dense_chunks,
-            AttentionKind::Sliding { .. } => false,
+            GroupKind::Attention(AttentionKind::Full) => true,
+            GroupKind::Attention(AttentionKind::Chunked { .. }) => self.retention.dense_chunks,
+            GroupKind::Attention(AttentionKind::Sliding { .. }) | GroupKind::State => false,
         };
         if all || b < group.sink_blocks {
             return true;

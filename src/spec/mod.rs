@@ -6,6 +6,8 @@ mod presets;
 
 pub use self::grouping::{GroupPlan, LayerGroup};
 
+use std::fmt;
+
 use crate::error::{Error, Result};
 use crate::layout::KvShape;
 
@@ -66,6 +68,60 @@ impl AttentionKind {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// What a layer group keeps of a sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum GroupKind {
+    /// Keys and values of the tokens that its layers' queries can still see: `block_size` of them per block.
+    Attention(AttentionKind),
+    /// A recurrent state (Mamba, linear attention), which stands for all tokens before it: a block holds one
+    /// state. Block `b` of a sequence holds the state after `(b + 1) * block_size` tokens, or after its last
+    /// token when that comes first.
+    State,
+}
+
+impl GroupKind {
+    /// Tokens at the start that nothing needs which starts at position `n` or later.
+    pub const fn skipped(self, n: u64) -> u64 {
+        match self {
+            Self::Attention(kind) => kind.skipped(n),
+            Self::State => n.saturating_sub(1),
+        }
+    }
+
+    /// Refuses a window or chunk of 0, in the name of the operation `op`.
+    pub(crate) fn check(self, op: &'static str) -> Result<()> {
+        match self {
+            Self::Attention(kind) => kind.check(op),
+            Self::State => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for AttentionKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Full => f.write_str("full"),
+            Self::Sliding { window } => write!(f, "sliding {window}"),
+            Self::Chunked { chunk } => write!(f, "chunked {chunk}"),
+        }
+    }
+}
+
+impl fmt::Display for GroupKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Attention(kind) => kind.fmt(f),
+            Self::State => f.write_str("state"),
+        }
+    }
+}
+
+impl From<AttentionKind> for GroupKind {
+    fn from(kind: AttentionKind) -> Self {
+        Self::Attention(kind)
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use hybridkv::ErrorKind;
 use hybridkv::manager::{BlockId, ExtraKeys, Manager, ManagerConfig};
-use hybridkv::spec::AttentionKind;
+use hybridkv::spec::{AttentionKind, GroupKind};
 use proptest::prelude::*;
 
 use super::{alignment, config, needed, prompt, sees};
@@ -81,7 +81,7 @@ impl Oracle {
     /// The longest prefix that all full groups hold; 0 without a full group.
     fn full(&self, salt: &str, tokens: &[u32]) -> usize {
         let full: Vec<usize> = (0..self.config.groups.len())
-            .filter(|&g| self.config.groups[g].kind == AttentionKind::Full)
+            .filter(|&g| self.config.groups[g].kind == AttentionKind::Full.into())
             .collect();
         let serves = |n: usize| {
             full.iter().all(|&g| (0..n / self.size(g)).all(|b| self.block(g, salt, tokens, b) != 0))
@@ -130,9 +130,9 @@ impl Oracle {
         let (group, retention) = (&self.config.groups[g], &self.config.retention);
         let size = self.size(g);
         let all = match group.kind {
-            AttentionKind::Full => true,
-            AttentionKind::Chunked { .. } => retention.dense_chunks,
-            AttentionKind::Sliding { .. } => false,
+            GroupKind::Attention(AttentionKind::Full) => true,
+            GroupKind::Attention(AttentionKind::Chunked { .. }) => retention.dense_chunks,
+            _ => false,
         };
         let slack = retention.slack as usize * self.alignment / size;
         let kept = |end: usize| {

@@ -1,17 +1,17 @@
 //! One layer group's rules, in blocks: what a prefix hit needs, what a running sequence still needs, how
-//! many blocks a request can hold. All of them follow from [`AttentionKind::skipped`].
+//! many blocks a request can hold. All of them follow from [`GroupKind::skipped`].
 
 mod chunked;
 mod full;
 mod sliding;
 
 use super::GroupConfig;
-use crate::spec::AttentionKind;
+use crate::spec::{AttentionKind, GroupKind};
 
 /// A layer group with its derived sizes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Group {
-    pub kind: AttentionKind,
+    pub kind: GroupKind,
     pub block_size: usize,
     /// Blocks `0..sink_blocks` hold sink tokens.
     pub sink_blocks: usize,
@@ -47,6 +47,11 @@ impl Group {
         (0..self.sink_blocks.min(first).min(end)).chain(first..end)
     }
 
+    /// Whether every block of a prefix is needed.
+    pub fn is_full(&self) -> bool {
+        self.kind == GroupKind::Attention(AttentionKind::Full)
+    }
+
     /// The longest prefix, a multiple of `alignment` and at most `limit` (one, too), whose needed blocks
     /// are all `present`; an upper bound of it where only a shorter limit can tell.
     pub fn longest(
@@ -62,9 +67,16 @@ impl Group {
             None => limit,
         };
         match self.kind {
-            AttentionKind::Full => full::longest(self, limit, alignment, present),
-            AttentionKind::Sliding { .. } => sliding::longest(self, limit, alignment, present),
-            AttentionKind::Chunked { .. } => chunked::longest(self, limit, alignment, present),
+            GroupKind::Attention(AttentionKind::Full) => {
+                full::longest(self, limit, alignment, present)
+            }
+            GroupKind::Attention(AttentionKind::Chunked { .. }) => {
+                chunked::longest(self, limit, alignment, present)
+            }
+            // A prefix needs one state, that of its end: a window over the last token.
+            GroupKind::Attention(AttentionKind::Sliding { .. }) | GroupKind::State => {
+                sliding::longest(self, limit, alignment, present)
+            }
         }
     }
 
@@ -73,14 +85,17 @@ impl Group {
     pub fn max_blocks(&self, tokens: usize, in_flight: usize) -> usize {
         let all = tokens.div_ceil(self.block_size);
         let live = match self.kind {
-            AttentionKind::Full => return all,
-            AttentionKind::Sliding { window } => window as usize - 1,
-            AttentionKind::Chunked { chunk } => chunk as usize,
+            GroupKind::Attention(AttentionKind::Full) => return all,
+            GroupKind::Attention(AttentionKind::Sliding { window }) => window as usize - 1,
+            GroupKind::Attention(AttentionKind::Chunked { chunk }) => chunk as usize,
+            GroupKind::State => 1,
         };
         let live = live.saturating_add(in_flight).min(tokens).div_ceil(self.block_size);
         // One more where the live tokens can begin inside a block.
         let straddle = match self.kind {
-            AttentionKind::Chunked { chunk } => !(chunk as usize).is_multiple_of(self.block_size),
+            GroupKind::Attention(AttentionKind::Chunked { chunk }) => {
+                !(chunk as usize).is_multiple_of(self.block_size)
+            }
             _ => true,
         };
         (live + usize::from(straddle) + self.sink_blocks).min(all)

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use hybridkv::error::Result;
 use hybridkv::plan::{Capacity, capacity, longest_request};
-use hybridkv::spec::{AttentionKind, ModelSpec};
+use hybridkv::spec::ModelSpec;
 
 use crate::values::{format_bytes, load_model, parse_bytes};
 
@@ -61,14 +61,6 @@ pub fn main(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn kind(kind: AttentionKind) -> String {
-    match kind {
-        AttentionKind::Full => "full".to_owned(),
-        AttentionKind::Sliding { window } => format!("window {window}"),
-        AttentionKind::Chunked { chunk } => format!("chunk {chunk}"),
-    }
-}
-
 fn print(spec: &ModelSpec, tp: u32, memory: u64, figures: &Capacity) {
     println!("{}, one rank of {tp}: {} layers", spec.name, spec.layers.len());
     println!(
@@ -85,7 +77,7 @@ fn print(spec: &ModelSpec, tp: u32, memory: u64, figures: &Capacity) {
     for group in &figures.groups {
         println!(
             "{:<16} {:>6} {:>16} {:>20} {:>14}",
-            kind(group.kind),
+            group.kind.to_string(),
             group.num_layers,
             group.block_size,
             group.request_blocks,
@@ -109,7 +101,7 @@ fn json(spec: &ModelSpec, tp: u32, memory: u64, figures: &Capacity) -> serde_jso
         .iter()
         .map(|group| {
             serde_json::json!({
-                "kind": kind(group.kind),
+                "kind": group.kind.to_string(),
                 "layers": group.num_layers,
                 "block_size": group.block_size,
                 "request_blocks": group.request_blocks,

@@ -91,7 +91,11 @@ impl Config {
             let block_size = group.block_size.or(self.block_size).ok_or_else(|| {
                 Error::invalid(OP, "a group has no block_size, and there is none for all")
             })?;
-            Ok(GroupConfig { kind: group.kind()?, sink_tokens: group.sink_tokens, block_size })
+            Ok(GroupConfig {
+                kind: group.kind()?.into(),
+                sink_tokens: group.sink_tokens,
+                block_size,
+            })
         };
         Ok(ManagerConfig {
             groups: self.groups.iter().map(group).collect::<Result<_>>()?,

@@ -4,7 +4,6 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use hybridkv::manager::{Manager, Stats, TierStats, Usage};
-use hybridkv::spec::AttentionKind;
 use serde_json::{Value, json};
 
 use super::config::Config;
@@ -101,16 +100,11 @@ impl Figures {
         let manager_seconds = totals.iter().sum::<u64>() as f64 / 1e9;
         spreads.push(("all but hash", Spread::new(times.totals(false))));
         spreads.push(("all", Spread::new(totals)));
-        let group = |group: &hybridkv::manager::GroupConfig| match group.kind {
-            AttentionKind::Full => "full".to_owned(),
-            AttentionKind::Sliding { window } => format!("sliding {window}"),
-            AttentionKind::Chunked { chunk } => format!("chunked {chunk}"),
-        };
         Self {
             requests: times.0[0].len(),
             stats: manager.stats(),
             usage: manager.usage(),
-            groups: manager.config().groups.iter().map(group).collect(),
+            groups: manager.config().groups.iter().map(|g| g.kind.to_string()).collect(),
             block_bytes: config.block_bytes(),
             num_blocks: manager.config().num_blocks,
             times: spreads,

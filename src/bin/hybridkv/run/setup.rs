@@ -178,15 +178,7 @@ impl Setup {
             return Err(Error::unsupported("run", "--verify", verify, "0 to 1"));
         }
         let manager = ManagerConfig {
-            groups: plan
-                .groups
-                .iter()
-                .map(|group| GroupConfig {
-                    kind: group.kind,
-                    sink_tokens: group.sink_tokens,
-                    block_size: group.block_size,
-                })
-                .collect(),
+            groups: plan.groups.iter().map(GroupConfig::from).collect(),
             num_blocks: engine.num_blocks,
             prefix_caching: true,
             retention: Retention { interval: Some(0), slack: 1, dense_chunks: false },
