@@ -24,7 +24,7 @@ fn manager(kinds: &[AttentionKind], num_blocks: u32, host_slots: u32) -> Manager
         retention: Retention { interval: None, slack: 0, dense_chunks: true },
         max_model_len: (num_blocks - 1) / kinds.len() as u32 * 16,
         in_flight_tokens: 1 << 20,
-        host: (host_slots > 0).then_some(HostConfig { num_slots: host_slots }),
+        host: (host_slots > 0).then_some(HostConfig::new(host_slots)),
         identity: [1; 32],
     })
     .unwrap()

@@ -125,11 +125,15 @@ impl Manager {
         let slots = num_tokens.saturating_add(lookahead).min(max_model_len);
 
         let (mut fresh, mut held, mut unused) = (0, 0, 0);
-        for (group, row) in self.groups.iter().zip(&rows) {
+        let mut sources = Vec::new();
+        for (g, (group, row)) in self.groups.iter().zip(&rows).enumerate() {
             fresh += slots.div_ceil(group.block_size) - row.len();
-            for id in group.needed(hit).map(|b| row[b]) {
+            for b in group.needed(hit) {
+                let id = row[b];
                 if id == NULL {
                     fresh += 1;
+                    let hash = &tokens.hashes()[group.key_index(b)];
+                    sources.extend(self.host.as_ref().and_then(|host| host.find(g, hash)));
                 } else {
                     held += 1;
                     unused += usize::from(self.device.pool.is_available(id));
@@ -139,6 +143,15 @@ impl Manager {
         let needed = fresh + unused;
         self.events.seal();
         check_room(op, &self.device.pool, &mut self.stats, slots, fresh + held, needed)?;
+        // R1: what is to be loaded stays on the host while other blocks are stored there.
+        if let Some(host) = &mut self.host {
+            sources.iter().for_each(|&slot| host.pin(slot));
+        }
+        let clean = self.clean(op, fresh, &rows);
+        if let Some(host) = &mut self.host {
+            sources.iter().for_each(|&slot| host.unpin(slot));
+        }
+        clean?;
 
         // R5: the hits of all groups leave the free queue before any group takes a block from it.
         for (group, row) in self.groups.iter().zip(&rows) {
@@ -220,7 +233,7 @@ impl Manager {
         new_block: impl FnMut(usize, BlockId),
     ) -> Result<()> {
         const OP: &str = "append";
-        let Self { config, groups, policy, device, sequences, events, stats, .. } = self;
+        let Self { config, groups, device, sequences, stats, .. } = self;
         let Some(sequence) = sequences.get_mut(&seq) else {
             return Err(Error::new(OP, ErrorKind::UnknownSequence(seq)));
         };
@@ -237,6 +250,9 @@ impl Manager {
             held += row.table.len() - row.first_live;
         }
         check_room(OP, &device.pool, stats, num_tokens, fresh + held, fresh)?;
+        self.clean(OP, fresh, &[])?;
+        let Self { groups, policy, device, sequences, events, .. } = self;
+        let Some(sequence) = sequences.get_mut(&seq) else { return Ok(()) };
         sequence.tokens.push(tokens);
         events.seal();
         grow(groups, device, events, sequence, num_tokens, new_block);

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::groups::align_down;
 use super::hash::BlockHash;
 use super::retention::Boundaries;
-use super::tiers::host::Offer;
+use super::tiers::slots::{Reserved, SlotTier};
 use super::*;
 use crate::spec::AttentionKind;
 
@@ -400,7 +400,7 @@ fn hash_005_coarse_view() {
 
 /// The host tier driven by the keys of a case, one block each, in one group.
 struct Host {
-    tier: HostTier,
+    tier: SlotTier,
     events: Events,
 }
 
@@ -408,14 +408,26 @@ impl Host {
     fn new(slots: &Value) -> Self {
         let mut events = Events::default();
         events.enabled = true;
-        Self { tier: HostTier::new(number(slots) as u32, 1), events }
+        Self { tier: SlotTier::new(Tier::Host, number(slots) as u32, 1), events }
     }
 
     fn store(&mut self, keys: &[u32]) -> Option<Vec<(u32, HostSlot)>> {
-        let offers: Vec<Offer> =
-            keys.iter().map(|&key| Offer { group: 0, hash: hash(key), index: key }).collect();
-        let reserved = self.tier.reserve(&offers, &mut self.events)?;
-        Some(reserved.into_iter().map(|(i, slot)| (keys[i], slot)).collect())
+        // All of them or none, as the case has it; the manager offers block by block.
+        let held: Vec<HostSlot> =
+            keys.iter().filter_map(|&key| self.tier.find(0, &hash(key))).collect();
+        held.iter().for_each(|&slot| self.tier.pin(slot));
+        let missing = keys.iter().filter(|&&key| !self.tier.holds(0, &hash(key))).count();
+        let room = missing <= self.tier.capacity() - self.tier.pinned();
+        let mut slots = Vec::new();
+        for &key in keys.iter().filter(|_| room) {
+            match self.tier.reserve((0, hash(key)), key, &mut self.events) {
+                Reserved::New(slot) => slots.push((key, slot)),
+                Reserved::Held => {}
+                Reserved::Full => panic!("there was room"),
+            }
+        }
+        held.iter().for_each(|&slot| self.tier.unpin(slot));
+        room.then_some(slots)
     }
 
     fn find(&self, keys: &[u32]) -> Vec<bool> {
@@ -500,7 +512,7 @@ fn off_009_recency_by_position() {
     let case = case("off-009");
     let slots = number(&case["setup"]["chunks"]) as u32;
     let mut config = config(vec![group(AttentionKind::Full, 16)], 33, 512);
-    config.host = Some(HostConfig { num_slots: slots });
+    config.host = Some(HostConfig::new(slots));
     let mut m = Manager::new(config).unwrap();
     m.allocate(1, &tokens(0..16 * slots), KEYS, 0).unwrap();
     m.advance(1, 16 * slots as usize, 16 * slots as usize).unwrap();
@@ -540,7 +552,7 @@ fn tier_003_partial_promotion() {
     let keys = numbers::<usize>(&case["setup"]["keys"]);
     let good = numbers::<usize>(&case["setup"]["secondary_load_success"]);
     let mut config = config(vec![group(AttentionKind::Full, 16)], 9, 128);
-    config.host = Some(HostConfig { num_slots: 32 });
+    config.host = Some(HostConfig::new(32));
     let mut m = Manager::new(config).unwrap();
     let prompt = tokens(0..16 * keys.len() as u32 + 1);
     let complete = |m: &mut Manager, succeeds: &dyn Fn(usize) -> bool| {

@@ -61,9 +61,9 @@ impl Manager {
             device_free: self.free_blocks(),
             device_live: live,
             device_cached: cached(&self.device.stats),
-            host_capacity: self.host.as_ref().map_or(0, HostTier::capacity),
-            host_used: self.host.as_ref().map_or(0, HostTier::used),
-            host_pinned: self.host.as_ref().map_or(0, HostTier::pinned),
+            host_capacity: self.host.as_ref().map_or(0, SlotTier::capacity),
+            host_used: self.host.as_ref().map_or(0, SlotTier::used),
+            host_pinned: self.host.as_ref().map_or(0, SlotTier::pinned),
             host_cached: self.host.as_ref().map_or(Vec::new(), |host| cached(&host.stats)),
         }
     }

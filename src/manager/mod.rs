@@ -13,6 +13,7 @@ mod events;
 mod groups;
 mod hash;
 mod inspect;
+mod offload;
 mod pool;
 mod prefix;
 mod queue;
@@ -27,18 +28,20 @@ use std::collections::HashSet;
 pub use self::events::{Event, EventKind, Tier};
 pub use self::hash::{BlockHash, HashedTokens};
 pub use self::stats::{Stats, TierStats, TransferStats, Usage};
+pub use self::tiers::{HostConfig, WritePolicy};
 pub use self::transfer::{Direction, Path, Place, Transfer};
 
 use self::allocate::cache;
 use self::events::Events;
 use self::groups::Group;
 use self::hash::CheapMap;
+use self::offload::offer;
 use self::pool::{Block, NULL, Pool};
 use self::retention::Policy;
 use self::sequence::{Row, Sequence};
 use self::tiers::device::DeviceTier;
-use self::tiers::host::HostTier;
-use self::transfer::{Flights, offer};
+use self::tiers::slots::SlotTier;
+use self::transfer::Flights;
 use crate::error::{Error, ErrorKind, Result};
 use crate::spec::{GroupKind, LayerGroup};
 
@@ -87,13 +90,6 @@ impl From<&LayerGroup> for GroupConfig {
     }
 }
 
-/// The host tier.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct HostConfig {
-    /// Block-sized slots.
-    pub num_slots: u32,
-}
-
 /// Which window tails and old chunks stay cached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Retention {
@@ -121,7 +117,7 @@ pub struct ManagerConfig {
     pub max_model_len: u32,
     /// Tokens that may be computed and not yet settled (all steps in flight together).
     pub in_flight_tokens: u32,
-    /// The host tier, if there is one (write-through, LRU).
+    /// The host tier, if there is one.
     pub host: Option<HostConfig>,
     /// Identity of model, revision, dtype, codec, block size, head shapes, layout, rope: seeds the hashes.
     pub identity: [u8; 32],
@@ -212,7 +208,7 @@ pub struct Manager {
     /// Tokens per hashed unit, the greatest common divisor of the block sizes; 0 without prefix caching.
     hash_block: usize,
     device: DeviceTier,
-    host: Option<HostTier>,
+    host: Option<SlotTier>,
     sequences: CheapMap<SeqId, Sequence>,
     generation: u64,
     flights: Flights,
@@ -252,20 +248,15 @@ impl Manager {
         if config.host.is_some() && !config.prefix_caching {
             return Err(Error::invalid(OP, "a host tier needs prefix caching"));
         }
-        if config.host.is_some_and(|host| host.num_slots == u32::MAX) {
-            return Err(Error::unsupported(
-                OP,
-                "a number of host slots of",
-                u32::MAX,
-                format!("up to {}", u32::MAX - 1),
-            ));
+        if let Some(host) = &config.host {
+            host.check(OP)?;
         }
         let groups: Vec<Group> = config.groups.iter().map(|g| Group::new(g, unit)).collect();
         let manager = Self {
             policy: Policy { retention: config.retention, alignment },
             hash_block: if config.prefix_caching { unit } else { 0 },
             device: DeviceTier::new(Pool::new(config.num_blocks), groups.len()),
-            host: config.host.map(|host| HostTier::new(host.num_slots, groups.len())),
+            host: config.host.map(|host| SlotTier::new(Tier::Host, host.num_slots, groups.len())),
             sequences: CheapMap::default(),
             generation: 0,
             flights: Flights::default(),
@@ -340,9 +331,10 @@ impl Manager {
             cache(&self.groups, &self.policy, &mut self.device, &mut self.events, sequence);
             sequence.repaired = computed < sequence.tokens.len();
         }
-        if let Some(host) = &mut self.host {
+        if let (Some(host), Some(config)) = (&mut self.host, &self.config.host) {
             let (flights, stats) = (&mut self.flights, &mut self.stats);
-            offer(&self.groups, &mut self.device, host, flights, &mut self.events, stats, sequence);
+            let events = &mut self.events;
+            offer(&self.groups, config, &mut self.device, host, flights, events, stats, sequence);
         }
         for (g, (group, row)) in self.groups.iter().zip(&mut sequence.rows).enumerate() {
             let first = group.first_needed(settled);

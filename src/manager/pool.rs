@@ -26,6 +26,8 @@ pub(super) struct Block {
     pub group: u16,
     /// Whether the prefix index names it.
     pub cached: bool,
+    /// Sequences that have computed or hit it since then, as far as the write policy counts.
+    pub uses: u8,
     /// Transfers in flight from or to the block.
     pins: u32,
 }
@@ -50,6 +52,7 @@ impl Pool {
                 index: 0,
                 group: 0,
                 cached: false,
+                uses: 0,
                 pins: 0,
             })
             .collect();

@@ -5,14 +5,14 @@ use super::groups::{Group, align_down};
 use super::hash::BlockHash;
 use super::pool::NULL;
 use super::tiers::device::DeviceTier;
-use super::tiers::host::HostTier;
+use super::tiers::slots::SlotTier;
 
 /// Where to search.
 pub(super) struct Search<'a> {
     pub groups: &'a [Group],
     pub alignment: usize,
     pub device: &'a DeviceTier,
-    pub host: Option<&'a HostTier>,
+    pub host: Option<&'a SlotTier>,
     /// Hashes of the prompt's units.
     pub hashes: &'a [BlockHash],
 }

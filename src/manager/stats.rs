@@ -43,6 +43,10 @@ pub struct Stats {
     pub offloads: TransferStats,
     /// Offers to the host tier that found no slots and were put off.
     pub offloads_refused: u64,
+    /// Blocks evicted from the device under [`WritePolicy::Back`] that the host could not take.
+    ///
+    /// [`WritePolicy::Back`]: super::WritePolicy::Back
+    pub evictions_dropped: u64,
     /// Onboards.
     pub onboards: TransferStats,
     /// Transfers from the host to storage.

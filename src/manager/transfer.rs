@@ -1,17 +1,13 @@
-//! Transfers between the tiers: what is offered to the host, what is loaded from it, and what their
-//! completions change.
+//! Transfers between the tiers, and what their completions change.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashSet, VecDeque};
 
 use super::events::{EventKind, Tier};
 use super::hash::BlockHash;
 use super::pool::NULL;
 use super::prefix::fixed_point;
-use super::tiers::host::Offer;
 use super::*;
-
-/// Blocks offered to the host in one act, all of which it takes or none; fewer when slots are short.
-const OFFER: usize = 64;
 
 /// Which way a transfer goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -153,6 +149,8 @@ pub(super) struct Flights {
     next: TransferId,
     outbox: VecDeque<TransferId>,
     flying: CheapMap<TransferId, Flight>,
+    /// How many of them go each way.
+    by_direction: [usize; 4],
 }
 
 impl Flights {
@@ -172,7 +170,23 @@ impl Flights {
         let generation = waiting.map_or(0, |(_, generation)| generation);
         self.flying.insert(id, Flight { transfer, started: false, index, generation });
         self.outbox.push_back(id);
+        self.by_direction[path.direction() as usize] += 1;
         id
+    }
+
+    /// Takes out a transfer that has been handed out.
+    fn end(&mut self, id: TransferId) -> Option<Flight> {
+        let flight = match self.flying.entry(id) {
+            Entry::Occupied(entry) if entry.get().started => entry.remove(),
+            _ => return None,
+        };
+        self.by_direction[flight.transfer.path.direction() as usize] -= 1;
+        Some(flight)
+    }
+
+    /// Transfers of a direction not answered yet.
+    pub fn in_flight(&self, direction: Direction) -> usize {
+        self.by_direction[direction as usize]
     }
 
     /// Transfers not answered yet.
@@ -199,10 +213,7 @@ impl Manager {
     /// # Errors
     /// `UnknownTransfer` for one that is not outstanding (R10); nothing is changed.
     pub fn complete(&mut self, id: TransferId, outcome: Outcome) -> Result<Completion> {
-        let outstanding = self.flights.flying.get(&id).is_some_and(|flight| flight.started);
-        let (Some(flight), Some(host)) =
-            (outstanding.then(|| self.flights.flying.remove(&id)).flatten(), self.host.as_mut())
-        else {
+        let (Some(flight), Some(host)) = (self.flights.end(id), self.host.as_mut()) else {
             return Err(Error::new("complete", ErrorKind::UnknownTransfer(id)));
         };
         let Transfer { path, group, hash, seq, .. } = flight.transfer;
@@ -215,6 +226,9 @@ impl Manager {
             Path::Offload { from: block, to: slot } => {
                 self.device.pool.unpin(block);
                 host.stored(slot, succeeded, &mut self.events);
+                if !succeeded {
+                    self.drop_evicted(block);
+                }
                 return Ok(Completion::Pending);
             }
             Path::Onboard { from: slot, to: block } => (slot, block),
@@ -309,54 +323,5 @@ impl Manager {
         sequence.computed = valid;
         sequence.settled = valid;
         Some(valid)
-    }
-}
-
-/// Offers a sequence's computed and cached blocks to the host (write-through), the start first. It never gets
-/// more slots than there are, so that its end cannot push out its start.
-pub(super) fn offer(
-    groups: &[Group],
-    device: &mut DeviceTier,
-    host: &mut HostTier,
-    flights: &mut Flights,
-    events: &mut Events,
-    stats: &mut Stats,
-    sequence: &mut Sequence,
-) {
-    let mut offers = Vec::new();
-    let mut stored: usize = sequence.rows.iter().map(|row| row.stored.len()).sum();
-    for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
-        let computed = sequence.computed / group.block_size;
-        let mut most = OFFER;
-        while row.offered < computed && stored < host.capacity() {
-            let end = computed.min(row.offered + most.min(host.capacity() - stored));
-            offers.clear();
-            offers.extend(
-                (row.offered..end).filter(|&b| device.pool.block(row.table[b]).cached).map(|b| {
-                    let hash = sequence.tokens.hashes()[group.key_index(b)];
-                    Offer { group: g, hash, index: b as u32 }
-                }),
-            );
-            let Some(reserved) = host.reserve(&offers, events) else {
-                if most > 1 {
-                    most /= 2;
-                    continue;
-                }
-                // It is offered again with the next step.
-                stats.offloads_refused += 1;
-                break;
-            };
-            for (i, slot) in reserved {
-                let Offer { hash, index, .. } = offers[i];
-                let block = row.table[index as usize];
-                device.pool.pin(block);
-                let path = Path::Offload { from: block, to: slot };
-                flights.start(path, (g, hash), index as usize, None);
-                stats.of(Direction::Offload).started += 1;
-            }
-            row.stored.extend(offers.iter().map(|offer| offer.index));
-            stored += offers.len();
-            row.offered = end;
-        }
     }
 }

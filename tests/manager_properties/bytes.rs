@@ -7,6 +7,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use hybridkv::manager::{
     Completion, ExtraKeys, HostConfig, Manager, ManagerConfig, Outcome, Path, Place, Transfer,
+    WritePolicy,
 };
 use proptest::prelude::*;
 
@@ -97,7 +98,10 @@ impl World {
     }
 
     fn allocate(&mut self, prompt: &[u32], budget: usize) {
-        let Ok(given) = self.m.allocate_prefill(self.next, prompt, budget, KEYS, 0) else { return };
+        let given = self.m.allocate_prefill(self.next, prompt, budget, KEYS, 0);
+        // A refusal under write-back begins to store what stands in the way.
+        self.start_transfers();
+        let Ok(given) = given else { return };
         let sequence = Sequence {
             tokens: prompt[..given.num_tokens].to_vec(),
             computed: given.hit_tokens,
@@ -107,7 +111,6 @@ impl World {
         };
         self.sequences.insert(self.next, sequence);
         self.next += 1;
-        self.start_transfers();
     }
 
     /// Ends all transfers, out of order; bit `n % 8` of `failures` says whether the nth fails.
@@ -205,7 +208,8 @@ impl World {
         }
     }
 
-    fn check(&self) -> Result<(), TestCaseError> {
+    fn check(&mut self) -> Result<(), TestCaseError> {
+        self.start_transfers();
         let mut counts = BTreeMap::new();
         for &seq in self.sequences.keys() {
             for g in 0..self.config.groups.len() {
@@ -315,10 +319,16 @@ proptest! {
     fn every_visible_key_is_its_own_through_tiers_failures_and_delays(
         config in config(),
         host_slots in 3u32..60,
+        write in prop_oneof![
+            2 => Just(WritePolicy::Through),
+            1 => Just(WritePolicy::Selective { uses: 2 }),
+            2 => Just(WritePolicy::Back),
+        ],
+        max_offloads in prop_oneof![Just(4096u32), 1u32..6],
         ops in prop::collection::vec(op(), 1..120),
     ) {
-        let mut world =
-            World::new(ManagerConfig { host: Some(HostConfig { num_slots: host_slots }), ..config });
+        let host = HostConfig { write, max_offloads, ..HostConfig::new(host_slots) };
+        let mut world = World::new(ManagerConfig { host: Some(host), ..config });
         for op in ops {
             // Few enough sequences live that cached blocks come and go.
             while world.sequences.len() > 3 {

@@ -43,7 +43,7 @@ impl DeviceTier {
             (block.twin_prev, block.twin_next) = (last, first);
         }
         let block = self.pool.block_mut(id);
-        (block.hash, block.index, block.cached) = (hash, index as u32, true);
+        (block.hash, block.index, block.cached, block.uses) = (hash, index as u32, true, 0);
         let stats = &mut self.stats[group];
         stats.stored_blocks += 1;
         stats.cached_blocks += 1;

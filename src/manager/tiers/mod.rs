@@ -1,4 +1,7 @@
-//! The tiers: which blocks each of them holds, under which hash.
+//! The tiers: which blocks each of them holds, under which hash, and how the lower ones are used.
 
+mod config;
 pub(super) mod device;
-pub(super) mod host;
+pub(super) mod slots;
+
+pub use self::config::{HostConfig, WritePolicy};

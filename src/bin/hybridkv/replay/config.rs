@@ -108,7 +108,7 @@ impl Config {
             },
             max_model_len: self.max_model_len.unwrap_or(u32::MAX),
             in_flight_tokens: self.in_flight_tokens,
-            host: self.host.as_ref().map(|host| HostConfig { num_slots: host.blocks }),
+            host: self.host.as_ref().map(|host| HostConfig::new(host.blocks)),
             identity: [0; 32],
         })
     }

@@ -184,7 +184,7 @@ impl Setup {
             retention: Retention { interval: Some(0), slack: 1, dense_chunks: false },
             max_model_len: u32::try_from(workload.longest()).unwrap_or(u32::MAX),
             in_flight_tokens: u32::try_from(STEPS_IN_FLIGHT * max_batch_tokens).unwrap_or(u32::MAX),
-            host: (engine.num_slots > 0).then_some(HostConfig { num_slots: engine.num_slots }),
+            host: (engine.num_slots > 0).then_some(HostConfig::new(engine.num_slots)),
             identity: identity(&spec, &plan),
         };
         Ok(Self {

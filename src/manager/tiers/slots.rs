@@ -1,8 +1,7 @@
-//! The host tier: block-sized slots of pinned memory, the index of what they hold, and the order in which
-//! they give way (least recently used first; of one sequence the end before the start).
+//! A tier of block-sized slots: the index of what they hold, and the order in which they give way (least
+//! recently used first; of one sequence the end before the start).
 
 use super::device::Index;
-use crate::manager::HostSlot;
 use crate::manager::events::{EventKind, Events, Tier};
 use crate::manager::hash::BlockHash;
 use crate::manager::queue::IndexQueue;
@@ -11,7 +10,7 @@ use crate::manager::stats::TierStats;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Free,
-    /// An offload writes it: not to be found, not to be offloaded again.
+    /// A transfer writes it: not to be found, not to be written again.
     Writing,
     /// Holds a block whole.
     Resident,
@@ -29,20 +28,23 @@ struct Slot {
     pins: u32,
 }
 
-/// A block on offer.
-#[derive(Debug, Clone, Copy)]
-pub(in super::super) struct Offer {
-    pub group: usize,
-    pub hash: BlockHash,
-    /// Index of the block in its sequence.
-    pub index: u32,
+/// What became of a block that was to be stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in super::super) enum Reserved {
+    /// The tier has it, or it is on its way; it has become recent.
+    Held,
+    /// A slot to write it to, pinned for that.
+    New(u32),
+    /// No slot is free, and none could be made free now.
+    Full,
 }
 
 /// Slots, index and order.
-pub(in super::super) struct HostTier {
+pub(in super::super) struct SlotTier {
+    tier: Tier,
     slots: Vec<Slot>,
-    index: Vec<Index<HostSlot>>,
-    free: Vec<HostSlot>,
+    index: Vec<Index<u32>>,
+    free: Vec<u32>,
     /// Slots that hold or receive a block, as indices `slot + 1`, the next to go first. One that was in
     /// use when its turn came stands outside and comes back to the front.
     order: IndexQueue,
@@ -51,10 +53,11 @@ pub(in super::super) struct HostTier {
     pub stats: Vec<TierStats>,
 }
 
-impl HostTier {
-    pub fn new(num_slots: u32, num_groups: usize) -> Self {
+impl SlotTier {
+    pub fn new(tier: Tier, num_slots: u32, num_groups: usize) -> Self {
         let slot = Slot { hash: BlockHash::NONE, index: 0, group: 0, state: State::Free, pins: 0 };
         Self {
+            tier,
             slots: vec![slot; num_slots as usize],
             index: vec![Index::default(); num_groups],
             free: (0..num_slots).rev().collect(),
@@ -79,45 +82,40 @@ impl HostTier {
     }
 
     /// The slot that holds a block whole.
-    pub fn find(&self, group: usize, hash: &BlockHash) -> Option<HostSlot> {
+    pub fn find(&self, group: usize, hash: &BlockHash) -> Option<u32> {
         let slot = *self.index[group].get(hash)?;
         (self.slot(slot).state == State::Resident).then_some(slot)
     }
 
-    /// Reserves slots for those of the offered blocks that the tier lacks, evicting others for them; all or
-    /// nothing (R6). Offered blocks that it holds are kept and become recent. Gives the positions in
-    /// `offers` with their slots; `None`, with nothing changed, when there is no room now.
-    pub fn reserve(
-        &mut self,
-        offers: &[Offer],
-        events: &mut Events,
-    ) -> Option<Vec<(usize, HostSlot)>> {
-        let held: Vec<HostSlot> =
-            offers.iter().filter_map(|offer| self.find(offer.group, &offer.hash)).collect();
-        let missing: Vec<usize> = (0..offers.len())
-            .filter(|&i| !self.index[offers[i].group].contains_key(&offers[i].hash))
-            .collect();
-        held.iter().for_each(|&slot| self.pin(slot));
-        let room = missing.len() <= self.free.len() + self.evictable;
-        let mut reserved = Vec::new();
-        if room {
-            held.iter().for_each(|&slot| self.touch(slot));
-            for i in missing {
-                let Some(slot) = self.free.pop().or_else(|| self.evict(events)) else { break };
-                let Offer { group, hash, index } = offers[i];
-                self.slots[slot as usize] =
-                    Slot { hash, index, group: group as u16, state: State::Writing, pins: 1 };
-                self.index[group].insert(hash, slot);
-                self.order.push_back(slot + 1);
-                reserved.push((i, slot));
-            }
-        }
-        held.iter().for_each(|&slot| self.unpin(slot));
-        room.then_some(reserved)
+    /// Whether the tier has a block or is receiving it.
+    pub fn holds(&self, group: usize, hash: &BlockHash) -> bool {
+        self.index[group].contains_key(hash)
     }
 
-    /// Ends the offload into a slot; only when it `succeeded` does the block become findable.
-    pub fn stored(&mut self, slot: HostSlot, succeeded: bool, events: &mut Events) {
+    /// Reserves a slot for a block that the tier lacks, evicting another one for it; nothing is changed when
+    /// that cannot be (R6).
+    pub fn reserve(
+        &mut self,
+        (group, hash): (usize, BlockHash),
+        index: u32,
+        events: &mut Events,
+    ) -> Reserved {
+        if let Some(&slot) = self.index[group].get(&hash) {
+            self.touch(slot);
+            return Reserved::Held;
+        }
+        let Some(slot) = self.free.pop().or_else(|| self.evict(events)) else {
+            return Reserved::Full;
+        };
+        self.slots[slot as usize] =
+            Slot { hash, index, group: group as u16, state: State::Writing, pins: 1 };
+        self.index[group].insert(hash, slot);
+        self.order.push_back(slot + 1);
+        Reserved::New(slot)
+    }
+
+    /// Ends the transfer into a slot; only when it `succeeded` does the block become findable.
+    pub fn stored(&mut self, slot: u32, succeeded: bool, events: &mut Events) {
         let Slot { state, group, index, hash, .. } = *self.slot(slot);
         if state == State::Writing {
             if succeeded {
@@ -125,7 +123,7 @@ impl HostTier {
                 let stats = &mut self.stats[group as usize];
                 stats.stored_blocks += 1;
                 stats.cached_blocks += 1;
-                events.push(EventKind::Stored, group.into(), Tier::Host, index, hash);
+                events.push(EventKind::Stored, group.into(), self.tier, index, hash);
             } else {
                 self.discard(slot, events);
             }
@@ -134,12 +132,12 @@ impl HostTier {
     }
 
     /// Whether the slot still holds what it held when it was pinned.
-    pub fn is_resident(&self, slot: HostSlot) -> bool {
+    pub fn is_resident(&self, slot: u32) -> bool {
         self.slot(slot).state == State::Resident
     }
 
     /// Forgets what a slot holds or receives.
-    pub fn discard(&mut self, slot: HostSlot, events: &mut Events) {
+    pub fn discard(&mut self, slot: u32, events: &mut Events) {
         let Slot { hash, group, index, state, pins } = *self.slot(slot);
         match state {
             State::Free | State::Doomed => return,
@@ -149,8 +147,8 @@ impl HostTier {
                 self.stats[group as usize].cached_blocks -= 1;
             }
         }
-        // Said of a failed store, too: who was told of the offload learns how it ended.
-        events.push(EventKind::Removed, group.into(), Tier::Host, index, hash);
+        // Said of a failed store, too: who was told of the transfer learns how it ended.
+        events.push(EventKind::Removed, group.into(), self.tier, index, hash);
         self.index[group as usize].remove(&hash);
         if self.order.contains(slot + 1) {
             self.order.remove(slot + 1);
@@ -167,7 +165,7 @@ impl HostTier {
     }
 
     /// Makes a block the last one to go.
-    pub fn touch(&mut self, slot: HostSlot) {
+    pub fn touch(&mut self, slot: u32) {
         if self.order.contains(slot + 1) {
             self.order.remove(slot + 1);
         }
@@ -175,14 +173,14 @@ impl HostTier {
     }
 
     /// Keeps a slot from eviction until [`Self::unpin`].
-    pub fn pin(&mut self, slot: HostSlot) {
+    pub fn pin(&mut self, slot: u32) {
         let entry = &mut self.slots[slot as usize];
         self.evictable -= usize::from(entry.state == State::Resident && entry.pins == 0);
         entry.pins += 1;
     }
 
     /// Undoes one [`Self::pin`].
-    pub fn unpin(&mut self, slot: HostSlot) {
+    pub fn unpin(&mut self, slot: u32) {
         let entry = &mut self.slots[slot as usize];
         entry.pins -= 1;
         if entry.pins > 0 {
@@ -199,16 +197,16 @@ impl HostTier {
 
     /// Drops everything. No transfer may be in flight.
     pub fn clear(&mut self) {
-        for slot in 0..self.slots.len() as HostSlot {
+        for slot in 0..self.slots.len() as u32 {
             self.discard(slot, &mut Events::default());
         }
     }
 
-    fn slot(&self, slot: HostSlot) -> &Slot {
+    fn slot(&self, slot: u32) -> &Slot {
         &self.slots[slot as usize]
     }
 
-    fn free_doomed(&mut self, slot: HostSlot) {
+    fn free_doomed(&mut self, slot: u32) {
         let entry = &mut self.slots[slot as usize];
         if entry.state == State::Doomed && entry.pins == 0 {
             entry.state = State::Free;
@@ -217,7 +215,10 @@ impl HostTier {
     }
 
     /// Takes the slot of the block that is next to go.
-    fn evict(&mut self, events: &mut Events) -> Option<HostSlot> {
+    fn evict(&mut self, events: &mut Events) -> Option<u32> {
+        if self.evictable == 0 {
+            return None;
+        }
         loop {
             let slot = self.order.pop_front()? - 1;
             let Slot { hash, group, index, state, pins } = *self.slot(slot);
@@ -227,7 +228,7 @@ impl HostTier {
                 let stats = &mut self.stats[group as usize];
                 stats.cached_blocks -= 1;
                 stats.evicted_blocks += 1;
-                events.push(EventKind::Removed, group.into(), Tier::Host, index, hash);
+                events.push(EventKind::Removed, group.into(), self.tier, index, hash);
                 return Some(slot);
             }
         }

@@ -1,0 +1,153 @@
+//! What is written to the host tier, and when: blocks are offered as they are computed (write-through, all or
+//! those that are used again), or stored before they are evicted from the device (write-back).
+
+use std::collections::HashSet;
+
+use super::events::EventKind;
+use super::pool::NULL;
+use super::tiers::slots::Reserved;
+use super::*;
+
+/// Blocks behind those that are to be reused now that write-back stores ahead of their turn.
+const CLEAN_AHEAD: usize = 64;
+
+/// Offers a sequence's computed and cached blocks to the host: by prefix, all groups together, so that what a
+/// small tier holds of a sequence is of use to every group. A sequence never gets more slots than there
+/// are, so that its end cannot push out its start. What finds no room is offered again with the next step.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the manager's parts, one of which is borrowed elsewhere"
+)]
+pub(super) fn offer(
+    groups: &[Group],
+    config: &HostConfig,
+    device: &mut DeviceTier,
+    host: &mut SlotTier,
+    flights: &mut Flights,
+    events: &mut Events,
+    stats: &mut Stats,
+    sequence: &mut Sequence,
+) {
+    let uses = match config.write {
+        WritePolicy::Through => 1,
+        WritePolicy::Selective { uses } => uses,
+        WritePolicy::Back => return,
+    };
+    let mut stored: usize = sequence.rows.iter().map(|row| row.stored.len()).sum();
+    while stored < host.capacity() {
+        let ends = groups
+            .iter()
+            .zip(&sequence.rows)
+            .enumerate()
+            .map(|(g, (group, row))| ((row.offered + 1) * group.block_size, g));
+        let Some((_, g)) = ends.filter(|&(end, _)| end <= sequence.computed).min() else { return };
+        let row = &mut sequence.rows[g];
+        let (b, id) = (row.offered, row.table[row.offered]);
+        let block = device.pool.block_mut(id);
+        if block.cached && u32::from(block.uses) + 1 < uses {
+            block.uses = block.uses.saturating_add(1);
+        } else if block.cached {
+            let hash = sequence.tokens.hashes()[groups[g].key_index(b)];
+            let room = flights.in_flight(Direction::Offload) < config.max_offloads as usize;
+            match if room { host.reserve((g, hash), b as u32, events) } else { Reserved::Full } {
+                Reserved::Held => {}
+                Reserved::New(slot) => {
+                    device.pool.pin(id);
+                    let path = Path::Offload { from: id, to: slot };
+                    flights.start(path, (g, hash), b, None);
+                    stats.of(Direction::Offload).started += 1;
+                }
+                Reserved::Full => {
+                    stats.offloads_refused += 1;
+                    return;
+                }
+            }
+            row.stored.push(b as u32);
+            stored += 1;
+        }
+        row.offered += 1;
+    }
+}
+
+impl Manager {
+    /// Under write-back, makes sure that the next `fresh` blocks to be reused, apart from `hits`, hold nothing
+    /// that the host should have first: starts storing what they hold, and some of what stands behind them.
+    ///
+    /// # Errors
+    /// `NoFreeBlocks` while such blocks are being stored, or wait for their turn: no block has been taken.
+    pub(super) fn clean(
+        &mut self,
+        op: &'static str,
+        fresh: usize,
+        hits: &[Vec<BlockId>],
+    ) -> Result<()> {
+        let (Some(host), Some(HostConfig { write: WritePolicy::Back, max_offloads, .. })) =
+            (&mut self.host, &self.config.host)
+        else {
+            return Ok(());
+        };
+        if fresh == 0 {
+            return Ok(());
+        }
+        let Self { device, flights, events, stats, .. } = self;
+        let unused = |id: &BlockId| *id != NULL && device.pool.is_available(*id);
+        let hits: HashSet<BlockId> = hits.iter().flatten().copied().filter(unused).collect();
+        let next: Vec<(usize, BlockId)> = device
+            .pool
+            .queue()
+            .filter(|id| !hits.contains(id))
+            .take(fresh.saturating_add(CLEAN_AHEAD))
+            .enumerate()
+            .filter(|&(_, id)| {
+                let block = device.pool.block(id);
+                block.cached && !host.holds(block.group as usize, &block.hash)
+            })
+            .collect();
+        let (mut waiting, mut dropped) = (0, 0);
+        for (position, id) in next {
+            let block = *device.pool.block(id);
+            let key = (block.group as usize, block.hash);
+            if flights.in_flight(Direction::Offload) >= *max_offloads as usize {
+                waiting += usize::from(position < fresh);
+                continue;
+            }
+            match host.reserve(key, block.index, events) {
+                // A twin of a block before it.
+                Reserved::Held => {}
+                Reserved::New(slot) => {
+                    device.pool.pin(id);
+                    flights.start(
+                        Path::Offload { from: id, to: slot },
+                        key,
+                        block.index as usize,
+                        None,
+                    );
+                    stats.of(Direction::Offload).started += 1;
+                    waiting += usize::from(position < fresh);
+                }
+                Reserved::Full => dropped += u64::from(position < fresh),
+            }
+        }
+        if waiting > 0 {
+            stats.refused += 1;
+            let free = device.pool.available().saturating_sub(hits.len());
+            let free = free.min(fresh.saturating_sub(waiting));
+            return Err(Error::new(op, ErrorKind::NoFreeBlocks { needed: fresh, free }));
+        }
+        stats.evictions_dropped += dropped;
+        Ok(())
+    }
+
+    /// Under write-back, a block that was to be evicted and could not be stored is dropped: it would wait
+    /// for ever for a host that takes nothing.
+    pub(super) fn drop_evicted(&mut self, id: BlockId) {
+        let block = *self.device.pool.block(id);
+        let back = self.config.host.is_some_and(|host| host.write == WritePolicy::Back);
+        if back && block.cached && block.users == 0 {
+            self.device.remove(id);
+            let (group, index) = (block.group.into(), block.index);
+            self.events.push(EventKind::Removed, group, Tier::Device, index, block.hash);
+            self.stats.evictions_dropped += 1;
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! When blocks go down to the lower tiers, and what that keeps.
+
+use hybridkv::manager::{
+    Direction, ExtraKeys, GroupConfig, HostConfig, Manager, ManagerConfig, Outcome, Retention,
+    Transfer, WritePolicy,
+};
+use hybridkv::spec::AttentionKind;
+use hybridkv::{ErrorKind, Result};
+
+const KEYS: ExtraKeys<'static> = ExtraKeys { salt: "", lora: "" };
+const FULL: AttentionKind = AttentionKind::Full;
+
+fn sliding(window: u32) -> AttentionKind {
+    AttentionKind::Sliding { window }
+}
+
+/// A manager with blocks of 16 tokens and dense retention.
+fn manager(kinds: &[AttentionKind], num_blocks: u32, host: HostConfig) -> Manager {
+    let group = |&kind| GroupConfig::new(kind, 16);
+    Manager::new(ManagerConfig {
+        groups: kinds.iter().map(group).collect(),
+        num_blocks,
+        prefix_caching: true,
+        retention: Retention { interval: None, slack: 0, dense_chunks: true },
+        max_model_len: (num_blocks - 1) / kinds.len() as u32 * 16,
+        in_flight_tokens: 1 << 20,
+        host: Some(host),
+        identity: [1; 32],
+    })
+    .unwrap()
+}
+
+fn write_back(num_blocks: u32, num_slots: u32) -> Manager {
+    manager(&[FULL], num_blocks, HostConfig::new(num_slots).with_write(WritePolicy::Back))
+}
+
+fn tokens(start: u32, n: u32) -> Vec<u32> {
+    (start..start + n).collect()
+}
+
+fn transfers(m: &mut Manager) -> Vec<Transfer> {
+    std::iter::from_fn(|| m.next_transfer()).collect()
+}
+
+fn complete_all(m: &mut Manager, outcome: Outcome) -> Vec<Transfer> {
+    let all = transfers(m);
+    for transfer in &all {
+        m.complete(transfer.id, outcome).unwrap();
+    }
+    all
+}
+
+/// Computes a prompt and frees it; its transfers are still to be taken.
+fn compute(m: &mut Manager, seq: u64, prompt: &[u32]) -> Result<()> {
+    m.allocate(seq, prompt, KEYS, 0)?;
+    m.advance(seq, prompt.len(), prompt.len())?;
+    m.free(seq)
+}
+
+/// Tokens of a prompt that would hit, on the device and over all tiers.
+fn hit(m: &Manager, prompt: &[u32]) -> (usize, usize) {
+    let hit = m.lookup(&[prompt, &[0]].concat(), KEYS);
+    (hit.device_tokens, hit.tokens)
+}
+
+#[test]
+fn selective_writes_store_what_is_used_again() {
+    let host = HostConfig::new(64).with_write(WritePolicy::Selective { uses: 3 });
+    let mut m = manager(&[FULL], 33, host);
+    let (shared, once) = (tokens(0, 32), tokens(500, 32));
+    let prompt = [&shared[..], &once].concat();
+    compute(&mut m, 1, &prompt).unwrap();
+    compute(&mut m, 2, &[&shared[..], &tokens(900, 32)].concat()).unwrap();
+    assert!(transfers(&mut m).is_empty(), "two uses");
+    compute(&mut m, 3, &[&shared[..], &tokens(1900, 32)].concat()).unwrap();
+    let stored = complete_all(&mut m, Outcome::Succeeded);
+    assert_eq!(stored.len(), 2, "the shared blocks and no others");
+    m.allocate(9, &tokens(5000, 512), KEYS, 0).unwrap();
+    assert_eq!(hit(&m, &prompt), (0, 32));
+}
+
+#[test]
+fn write_back_stores_a_block_before_its_memory_is_used_again() {
+    let mut m = write_back(5, 16);
+    let prompt = tokens(0, 64);
+    compute(&mut m, 1, &prompt).unwrap();
+    assert!(transfers(&mut m).is_empty(), "nothing is written before it is evicted");
+    // R2: a block that is being stored is not to be had, and what waits for it is refused.
+    let error = m.allocate(2, &tokens(1000, 32), KEYS, 0).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::NoFreeBlocks { needed: 2, free: 0 }), "{error}");
+    let stores = transfers(&mut m);
+    assert!(stores.len() >= 2);
+    assert!(stores.iter().all(|t| t.path.direction() == Direction::Offload));
+    assert!(m.allocate(2, &tokens(1000, 32), KEYS, 0).is_err(), "still being stored");
+    assert_eq!(hit(&m, &prompt), (64, 64), "it is found on the device until it is used again");
+    for store in &stores {
+        m.complete(store.id, Outcome::Succeeded).unwrap();
+    }
+    m.allocate(2, &tokens(1000, 32), KEYS, 0).unwrap();
+    assert_eq!(hit(&m, &prompt), (32, 64));
+    assert_eq!(m.stats().evictions_dropped, 0);
+}
+
+#[test]
+fn write_back_stores_no_block_twice() {
+    let mut m = write_back(9, 16);
+    let prompt = tokens(0, 64);
+    compute(&mut m, 1, &prompt).unwrap();
+    let filler = tokens(1000, 128);
+    assert!(m.allocate(2, &filler, KEYS, 0).is_err());
+    assert_eq!(complete_all(&mut m, Outcome::Succeeded).len(), 4);
+    m.allocate(2, &filler, KEYS, 0).unwrap();
+    m.free(2).unwrap();
+    assert_eq!(hit(&m, &prompt), (0, 64));
+    // Up again, and evicted again: the host still has it, so only the filler must be stored.
+    let longer = [&prompt[..], &[7]].concat();
+    while m.allocate(3, &longer, KEYS, 0).is_err() {
+        complete_all(&mut m, Outcome::Succeeded);
+    }
+    complete_all(&mut m, Outcome::Succeeded);
+    m.free(3).unwrap();
+    let before = m.stats().offloads.started;
+    while m.allocate(4, &filler, KEYS, 0).is_err() {
+        complete_all(&mut m, Outcome::Succeeded);
+    }
+    assert_eq!(before, 12, "four of the prompt, eight of the filler");
+    assert_eq!(m.stats().offloads.started, before);
+}
+
+#[test]
+fn write_back_has_a_bounded_number_of_evictions_in_flight() {
+    let host = HostConfig { max_offloads: 2, ..HostConfig::new(64) };
+    let mut m = manager(&[FULL], 17, host.with_write(WritePolicy::Back));
+    let prompt = tokens(0, 256);
+    compute(&mut m, 1, &prompt).unwrap();
+    let next = tokens(1000, 128);
+    let mut rounds = 0;
+    while m.allocate(2, &next, KEYS, 0).is_err() {
+        let stores = complete_all(&mut m, Outcome::Succeeded);
+        assert!((1..=2).contains(&stores.len()), "{}", stores.len());
+        rounds += 1;
+    }
+    assert!(rounds >= 4);
+    assert_eq!(hit(&m, &prompt), (128, 256));
+}
+
+#[test]
+fn write_back_drops_what_the_host_cannot_take() {
+    let mut m = write_back(9, 4);
+    compute(&mut m, 1, &tokens(0, 128)).unwrap();
+    let next = tokens(1000, 128);
+    assert!(m.allocate(2, &next, KEYS, 0).is_err());
+    // Four slots receive blocks; for the other four blocks there is no room, and none can be made.
+    let stores = transfers(&mut m);
+    assert_eq!(stores.len(), 4);
+    for store in &stores {
+        m.complete(store.id, Outcome::Failed).unwrap();
+    }
+    // A store that fails drops its block: a host that takes nothing must not fill the device for good.
+    m.allocate(2, &next, KEYS, 0).unwrap_err();
+    assert_eq!(complete_all(&mut m, Outcome::Failed).len(), 4);
+    m.allocate(2, &next, KEYS, 0).unwrap();
+    assert_eq!(m.stats().evictions_dropped, 8);
+    assert_eq!(hit(&m, &tokens(0, 128)), (0, 0));
+}
+
+#[test]
+fn a_write_back_allocation_keeps_the_host_copies_that_it_loads() {
+    let mut m = write_back(9, 4);
+    let prompt = tokens(0, 64);
+    compute(&mut m, 1, &prompt).unwrap();
+    let filler = tokens(1000, 128);
+    while m.allocate(2, &filler, KEYS, 0).is_err() {
+        complete_all(&mut m, Outcome::Succeeded);
+    }
+    m.advance(2, 128, 128).unwrap();
+    m.free(2).unwrap();
+    assert_eq!(hit(&m, &prompt), (0, 64));
+    // To load four blocks, four others must be evicted, which the host has no room for but those four slots.
+    let longer = [&prompt[..], &[7]].concat();
+    let allocation = loop {
+        match m.allocate(3, &longer, KEYS, 0) {
+            Ok(allocation) => break allocation,
+            Err(_) => drop(complete_all(&mut m, Outcome::Succeeded)),
+        }
+    };
+    assert_eq!((allocation.hit_tokens, allocation.loads.len()), (64, 4));
+    assert!(m.stats().evictions_dropped > 0);
+}
+
+#[test]
+fn a_host_smaller_than_a_prompt_holds_a_prefix_of_every_group() {
+    let mut m = manager(&[FULL, sliding(33)], 33, HostConfig::new(10));
+    let prompt = tokens(0, 256);
+    m.allocate(1, &prompt, KEYS, 0).unwrap();
+    m.advance(1, 256, 0).unwrap();
+    complete_all(&mut m, Outcome::Succeeded);
+    m.free(1).unwrap();
+    m.allocate(2, &tokens(1000, 256), KEYS, 0).unwrap();
+    assert_eq!(hit(&m, &prompt), (0, 80), "five blocks of each group");
+}
