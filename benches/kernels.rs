@@ -12,6 +12,9 @@ use hybridkv::error::Result;
 use hybridkv::ops::{CtaQuota, Kernels};
 
 #[allow(dead_code, reason = "only a part is used here")]
+#[path = "../src/bin/hybridkv/bench/attention.rs"]
+mod attention;
+#[allow(dead_code, reason = "only a part is used here")]
 #[path = "../src/bin/hybridkv/random.rs"]
 mod random;
 #[allow(dead_code, reason = "only a part is used here")]
@@ -24,9 +27,10 @@ mod timing;
 #[path = "../src/bin/hybridkv/bench/workload.rs"]
 mod workload;
 
+use attention::{Attention, Batch, layers_beyond_l2};
 use random::Rng;
 use timing::Workload;
-use workload::{Arenas, Attention, Direction, Move};
+use workload::{Arenas, Direction, Move};
 
 /// Time of `iterations` submissions of `work`.
 fn time(device: &Device, work: &dyn Workload, iterations: u64) -> Result<Duration> {
@@ -79,13 +83,21 @@ fn kernels(criterion: &mut Criterion) {
     let kernels = Kernels::load(&device).expect("this build has kernels for the device");
     let mut rng = Rng::new(1);
     for case in suites::DECODE.iter().chain(suites::PREFILL) {
-        let Some(shape) = case.on(&device) else { continue };
-        match Attention::new(&kernels, &shape, &mut rng).expect("the buffers can be set up") {
-            Some(work) => {
-                bench(criterion, &device, case.name, shape.bytes() as u64, &work);
+        let (name, shape) = (case.name(), case.on(&device));
+        let lengths = shape.lengths();
+        let bytes = Batch::of(&shape.model(1), &lengths, &shape).bytes();
+        let layers = match device.is_cuda() {
+            true => layers_beyond_l2(bytes, device.info().l2_bytes),
+            false => 2,
+        };
+        let model = shape.model(layers);
+        match Attention::new(&kernels, &Batch::of(&model, &lengths, &shape), &mut rng) {
+            Ok(Some(work)) => {
+                bench(criterion, &device, &name, bytes as u64, &work);
                 work.check().expect("every output was written");
             }
-            None => eprintln!("SKIPPED: {}: too little device memory", case.name),
+            Ok(None) => eprintln!("SKIPPED: {name}: too little device memory"),
+            Err(error) => eprintln!("SKIPPED: {name}: {error}"),
         }
     }
     let side = if device.is_cuda() { 512 << 20 } else { 2 << 20 };

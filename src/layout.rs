@@ -135,7 +135,7 @@ pub struct KvView {
 
 impl KvView {
     /// A native (BlockFirst/HND) view of a pool: `[block][layer slot][K|V][head][token][dim]`, blocks
-    /// `block_stride_bytes` apart (at least the bytes of one block).
+    /// `block_stride_bytes` apart (at least the bytes of one block). It has no scales yet.
     ///
     /// # Errors
     /// `InvalidArgument` when the pool is too small or the stride not a multiple of 16 bytes.
@@ -185,7 +185,17 @@ impl KvView {
             num_layer_slots,
             scales: None,
         };
-        view.check(OP)?;
+        view.check_elements(OP)?;
+        Ok(view)
+    }
+
+    /// The view of the same memory with these scales: what 8-bit elements need.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when the elements are 16-bit ones, or the scales do not fit the view.
+    pub fn with_scales(self, scales: KvScales) -> Result<Self> {
+        let view = Self { scales: Some(scales), ..self };
+        view.check_scales("kv view")?;
         Ok(view)
     }
 
@@ -195,6 +205,11 @@ impl KvView {
     /// # Errors
     /// `Unsupported` or `InvalidArgument`, in the name of the operation `op`.
     pub fn check(&self, op: &'static str) -> Result<()> {
+        self.check_elements(op)?;
+        self.check_scales(op)
+    }
+
+    fn check_elements(&self, op: &'static str) -> Result<()> {
         if !(8..=128).contains(&self.block_size) || !self.block_size.is_power_of_two() {
             return Err(Error::unsupported(
                 op,
@@ -222,7 +237,7 @@ impl KvView {
             self.k.check(op, "the K buffer", last, 16)?;
             self.v.check(op, "the V buffer", last, 16)?;
         }
-        self.check_scales(op)
+        Ok(())
     }
 
     /// Checks that 8-bit elements, and no others, have scales, and that all of these lie in their buffers;

@@ -38,6 +38,10 @@ fn every_suite_runs_and_reports() {
     assert!(said.contains("measures nothing"), "{said}");
     for (suite, case, unit) in [
         ("decode", "64x8K/32-8/bf16", "us"),
+        ("decode", "256x8K/W1024/32-8/bf16", "us"),
+        ("decode", "mixed/1x1M+255x2K/32-8/bf16", "us"),
+        ("decode", "step/scout-tp8/10M", "us"),
+        ("decode", "step/gpt-oss/64x8K", "us"),
         ("prefill", "1x8K/q8192/32-8/bf16", "TFLOP/s"),
         ("movement", "block96K/h2d", "GB/s"),
     ] {
@@ -48,6 +52,7 @@ fn every_suite_runs_and_reports() {
         assert_eq!(row["unit"], unit);
         assert!(row["ours"].as_f64().unwrap() > 0.0);
         assert!(row["gbps"].as_f64().unwrap() > 0.0);
+        assert_eq!(row["limit"].is_number(), suite != "prefill", "{row}");
         assert!(report["limits"]["hbm_read_gbps"].as_f64().unwrap() > 0.0);
     }
     let movement = json(&folder.join("movement.json"));
@@ -80,6 +85,14 @@ fn stale_reports_are_named() {
     assert_eq!((code, said.contains("0 of 1 reports are stale")), (Some(0), true), "{said}");
     let (code, said) = check(Some(&made_by.replace("111", "222")));
     assert_eq!((code, said.contains("STALE")), (Some(1), true), "{said}");
+    // With its rows, and what others reached in the same run.
+    let row = r#""rows": [{"case": "a", "ours": 2.0, "unit": "us", "limit": 1.5, "goal": 1.9,
+        "peers": {"theirs": 3.0}, "pass": true}]"#;
+    let text = std::fs::read_to_string(&path).unwrap().replace("\"rows\": [\n    \n  ]", row);
+    std::fs::write(&path, text).unwrap();
+    let output = hybridkv(&["report", "--rows", folder.to_str().unwrap()], None);
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(said.contains("75.0%") && said.contains("theirs 3.0 (1.50x)"), "{said}");
     // A build that knows nothing of itself accuses nobody.
     let (code, said) = check(Some("{}"));
     assert_eq!((code, said.contains("unknown")), (Some(0), true), "{said}");

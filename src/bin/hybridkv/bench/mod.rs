@@ -2,6 +2,7 @@
 //! measured in one run. Memory rotates past the L2 cache, blocks lie in random order, times are medians
 //! of CUDA graph replays.
 
+mod attention;
 mod suites;
 mod timing;
 mod workload;
@@ -11,15 +12,16 @@ use std::process::ExitCode;
 
 use clap::ValueEnum;
 use hybridkv::device::Device;
-use hybridkv::error::Result;
+use hybridkv::error::{ErrorKind, Result};
 use hybridkv::ops::{CtaQuota, Kernels};
 
 use crate::open_device;
 use crate::random::Rng;
 use crate::report::{Report, Row};
-use suites::{AttentionCase, DECODE, FRAGMENTS, PREFILL};
+use attention::{Attention, Batch, layers_beyond_l2};
+use suites::{AttentionCase, DECODE, FRAGMENTS, PREFILL, STEPS};
 use timing::{Timing, Workload, measure};
-use workload::{Arenas, Attention, Direction, EngineCopy, Move, Read};
+use workload::{Arenas, Direction, EngineCopy, Move, Read};
 
 /// Arguments of `hybridkv bench`.
 #[derive(Debug, clap::Args)]
@@ -101,8 +103,17 @@ impl Bench<'_> {
             );
         }
         match suite {
-            Suite::Decode => self.attention(DECODE)?,
-            Suite::Prefill => self.attention(PREFILL)?,
+            Suite::Decode => {
+                self.memory_limits()?;
+                header();
+                self.attention(DECODE)?;
+                self.steps()?;
+            }
+            Suite::Prefill => {
+                self.memory_limits()?;
+                header();
+                self.attention(PREFILL)?;
+            }
             Suite::Movement => self.movement()?,
             Suite::Limits => {
                 self.memory_limits()?;
@@ -157,47 +168,99 @@ impl Bench<'_> {
         Ok(())
     }
 
+    /// One launch per case and layer.
     fn attention(&mut self, cases: &[AttentionCase]) -> Result<()> {
-        self.memory_limits()?;
         let read_limit = self.report.limits["hbm_read_gbps"];
-        header("TFLOP/s");
+        let mut last = None;
         for case in cases {
-            let Some(shape) = case.on(self.device) else { continue };
-            let Some(work) = Attention::new(self.kernels, &shape, &mut self.rng)? else {
-                self.skip(case.name, "too little device memory");
-                continue;
+            let (name, shape) = (case.name(), case.on(self.device));
+            let lengths = shape.lengths();
+            let one_layer = shape.model(1);
+            let bytes = Batch::of(&one_layer, &lengths, &shape).bytes();
+            let layers = match self.device.is_cuda() {
+                true => layers_beyond_l2(bytes, self.device.info().l2_bytes),
+                false => 2,
             };
-            let timing = self.measure(&work)?;
-            work.check()?;
-            let gbps = shape.bytes() / timing.us / 1e3;
+            let model = shape.model(layers);
+            let batch = Batch::of(&model, &lengths, &shape);
+            let Some(timing) = self.time_attention(&name, &batch) else { continue };
             let tflops = shape.flops() / timing.us / 1e6;
-            let of_limit = gbps / read_limit;
             let (ours, unit) = if case.by_flops { (tflops, "TFLOP/s") } else { (timing.us, "us") };
-            let floor = case.floor_in_unit(shape.bytes(), read_limit);
-            self.add(Line {
-                row: Row {
-                    case: case.name.to_owned(),
-                    ours,
-                    unit: unit.to_owned(),
-                    gbps: Some(gbps),
-                    tolerance: floor,
-                    ..Row::default()
-                },
-                timing,
-                of_limit,
-                tflops: Some(tflops),
-                goal: case.goal(&self.report.device),
-                at_most: !case.by_flops,
-            });
+            let row = Row {
+                case: name,
+                ours,
+                unit: unit.to_owned(),
+                gbps: Some(bytes / timing.us / 1e3),
+                limit: (!case.by_flops).then_some(bytes / read_limit / 1e3),
+                goal: case.goal(&self.report.device, last),
+                tolerance: case.floor_in_unit(bytes, read_limit),
+                ..Row::default()
+            };
+            last = Some(ours);
+            self.add(row, timing);
         }
         Ok(())
+    }
+
+    /// All layers of a model in one graph.
+    fn steps(&mut self) -> Result<()> {
+        let read_limit = self.report.limits["hbm_read_gbps"];
+        for case in STEPS {
+            let (model, lengths) = (case.model()?, case.lengths(self.device));
+            let batch = Batch {
+                model: &model,
+                lengths: &lengths,
+                q_len: 1,
+                block_size: 16,
+                layers_per_round: model.layers.len(),
+            };
+            let bytes = batch.bytes();
+            let Some(timing) = self.time_attention(&case.name(), &batch) else { continue };
+            let row = Row {
+                case: case.name(),
+                ours: timing.us,
+                unit: "us".to_owned(),
+                gbps: Some(bytes / timing.us / 1e3),
+                limit: Some(bytes / read_limit / 1e3),
+                ..Row::default()
+            };
+            self.add(row, timing);
+        }
+        Ok(())
+    }
+
+    /// Times attention and checks that it happened. `None`, and a row that says why, where the device has
+    /// too little memory or no kernel for it, or it fails: the other cases are still worth their time.
+    fn time_attention(&mut self, case: &str, batch: &Batch<'_>) -> Option<Timing> {
+        let mut time = || -> Result<Option<Timing>> {
+            let Some(work) = Attention::new(self.kernels, batch, &mut self.rng)? else {
+                return Ok(None);
+            };
+            let timing = measure(self.device, &work, self.seconds, &mut || self.clocks.sample())?;
+            work.check()?;
+            Ok(Some(timing))
+        };
+        let (pass, note) = match time() {
+            Ok(Some(timing)) => return Some(timing),
+            Ok(None) => (true, "skipped: too little device memory".to_owned()),
+            Err(error) => match error.kind() {
+                ErrorKind::Unsupported { .. } | ErrorKind::OutOfMemory { .. } => {
+                    (true, format!("skipped: {error}"))
+                }
+                _ => (false, error.to_string()),
+            },
+        };
+        println!("{case:<34} {note}");
+        let note = Some(note);
+        self.report.rows.push(Row { case: case.to_owned(), pass, note, ..Row::default() });
+        None
     }
 
     fn movement(&mut self) -> Result<()> {
         let arenas = self.arenas()?;
         self.memory_limits()?;
         self.link_limits(&arenas)?;
-        header("");
+        header();
         let most = self.scaled(512 << 20).min(arenas.side_bytes());
         for direction in [Direction::H2d, Direction::D2h, Direction::D2d] {
             let limit = self.report.limits[&format!("copy_engine_{}_gbps", direction.name())];
@@ -227,21 +290,16 @@ impl Bench<'_> {
                     let gbps = touched * work.bytes() as f64 / timing.us / 1e3;
                     let suffix = ctas.map_or(String::new(), |ctas| format!("/{ctas}ctas"));
                     let on_link = direction != Direction::D2d && ctas.is_none();
-                    self.add(Line {
-                        row: Row {
-                            case: fragment.case(direction) + &suffix,
-                            ours: gbps,
-                            unit: "GB/s".to_owned(),
-                            gbps: Some(gbps),
-                            tolerance: fragment.floor.filter(|_| on_link),
-                            ..Row::default()
-                        },
-                        timing,
-                        of_limit: gbps / limit,
-                        tflops: None,
-                        goal: None,
-                        at_most: false,
-                    });
+                    let row = Row {
+                        case: fragment.case(direction) + &suffix,
+                        ours: gbps,
+                        unit: "GB/s".to_owned(),
+                        gbps: Some(gbps),
+                        limit: Some(limit),
+                        tolerance: fragment.floor.filter(|_| on_link),
+                        ..Row::default()
+                    };
+                    self.add(row, timing);
                 }
             }
         }
@@ -249,63 +307,42 @@ impl Bench<'_> {
     }
 
     /// Judges, prints and keeps a row. On the CPU device there is nothing to judge.
-    fn add(&mut self, line: Line) {
-        let Line { mut row, timing, of_limit, tflops, goal, at_most } = line;
+    fn add(&mut self, mut row: Row, timing: Timing) {
         if !self.device.is_cuda() {
             row.tolerance = None;
         }
         row.error.insert("spread".to_owned(), timing.spread);
-        row.error.insert("of_limit".to_owned(), of_limit);
         row.error.insert("samples".to_owned(), timing.samples as f64);
-        row.pass = match row.tolerance {
-            None => true,
-            Some(floor) if at_most => row.ours <= floor,
-            Some(floor) => row.ours >= floor,
+        row.pass = row.tolerance.is_none_or(|floor| row.reaches(floor));
+        let bound = |value: Option<f64>| {
+            let sign = if row.less_is_better() { "<=" } else { ">=" };
+            value.map_or("-".to_owned(), |value| format!("{sign} {value:.1}"))
         };
-        let sign = if at_most { "<=" } else { ">=" };
-        let bound = |value: Option<f64>| value.map_or("-".to_owned(), |v| format!("{sign} {v:.1}"));
         println!(
-            "{:<34} {:>9.1} {:<7} {:>8.1} {:>8} {:>6.1}% {:>6.1}%  {:>9} {:>9}  {}",
+            "{:<34} {:>9.1} {:<7} {:>8.1} {:>9} {:>7} {:>6.1}%  {:>9} {:>9}  {}",
             row.case,
             row.ours,
             row.unit,
             row.gbps.unwrap_or(0.0),
-            tflops.map_or(String::new(), |t| format!("{t:.1}")),
-            100.0 * of_limit,
+            row.limit.map_or("-".to_owned(), |limit| format!("{limit:.1}")),
+            row.of_limit().map_or("-".to_owned(), |share| format!("{:.1}%", 100.0 * share)),
             100.0 * timing.spread,
             bound(row.tolerance),
-            bound(goal),
-            if row.pass { "" } else { "BELOW ITS FLOOR" },
+            bound(row.goal),
+            match row.goal {
+                _ if !row.pass => "BELOW ITS FLOOR",
+                Some(goal) if !row.reaches(goal) => "short of the goal",
+                _ => "",
+            },
         );
         self.report.rows.push(row);
     }
-
-    fn skip(&mut self, case: &str, why: &str) {
-        println!("{case:<34} skipped: {why}");
-        self.report.rows.push(Row {
-            case: case.to_owned(),
-            pass: true,
-            note: Some(format!("skipped: {why}")),
-            ..Row::default()
-        });
-    }
 }
 
-/// One line of the table.
-struct Line {
-    row: Row,
-    timing: Timing,
-    of_limit: f64,
-    tflops: Option<f64>,
-    goal: Option<f64>,
-    /// Whether less is better.
-    at_most: bool,
-}
-
-fn header(also: &str) {
+fn header() {
     println!(
-        "{:<34} {:>9} {:<7} {:>8} {also:>8} {:>7} {:>7}  {:>9} {:>9}",
-        "case", "ours", "", "GB/s", "limit", "spread", "floor", "goal"
+        "{:<34} {:>9} {:<7} {:>8} {:>9} {:>7} {:>7}  {:>9} {:>9}",
+        "case", "ours", "", "GB/s", "limit", "of it", "spread", "floor", "goal"
     );
 }
 

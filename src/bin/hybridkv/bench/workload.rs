@@ -1,248 +1,33 @@
-//! The work that is timed: attention over a pool of many layers, moves of fragments at random addresses,
-//! plain reads and the copy engines.
+//! Memory to time work on; moves of fragments at random addresses, plain reads and the copy engines.
 
-use hybridkv::abi::{self, hkv_copy, hkv_window};
-use hybridkv::device::{Device, DeviceBuffer, PinnedBuffer, Span, StreamRef};
-use hybridkv::error::{Error, Result};
-use hybridkv::layout::{Dtype, KvShape, KvView};
-use hybridkv::ops::{
-    AttentionArgs, BlockTables, CtaQuota, HeadStrides, Kernels, MoveArgs, WindowTable,
-};
-use hybridkv::spec::AttentionKind::{self, Chunked, Full, Sliding};
+use hybridkv::abi::hkv_copy;
+use hybridkv::device::{Device, DeviceBuffer, PinnedBuffer, StreamRef};
+use hybridkv::e4m3;
+use hybridkv::error::Result;
+use hybridkv::layout::Dtype;
+use hybridkv::ops::{CtaQuota, Kernels, MoveArgs};
 
 use super::timing::Workload;
 use crate::random::Rng;
 
-const OP: &str = "bench";
-/// Memory that is left alone.
-const HEADROOM: u64 = 2 << 30;
-
-/// The shape of an attention benchmark; bf16, head_dim 128.
-#[derive(Debug, Clone, Copy)]
-pub struct AttentionShape {
-    /// How many sequences of how many tokens, the new ones included.
-    pub batch: &'static [(usize, usize)],
-    /// New tokens of each sequence.
-    pub q_len: usize,
-    /// Query and KV heads.
-    pub heads: (usize, usize),
-    /// What the layers' queries see.
-    pub kind: AttentionKind,
-    /// Tokens per block.
-    pub block_size: usize,
-}
-
-const HEAD_DIM: usize = 128;
-
-impl AttentionShape {
-    /// First key that the query at `position` sees.
-    fn first_key(&self, position: usize) -> usize {
-        match self.kind {
-            Full => 0,
-            Sliding { window } => (position + 1).saturating_sub(window as usize),
-            Chunked { chunk } => position / chunk as usize * chunk as usize,
-        }
-    }
-
-    fn lengths(&self) -> impl Iterator<Item = usize> + '_ {
-        self.batch.iter().flat_map(|&(count, kv_len)| std::iter::repeat_n(kv_len, count))
-    }
-
-    /// Tokens of a sequence that any of its queries sees.
-    fn visible(&self, kv_len: usize) -> usize {
-        kv_len - self.first_key(kv_len - self.q_len)
-    }
-
-    /// Bytes of K and V that one layer's attention has to read.
-    pub fn bytes(&self) -> f64 {
-        let tokens: usize = self.lengths().map(|kv_len| self.visible(kv_len)).sum();
-        (tokens * self.heads.1 * HEAD_DIM * 2 * 2) as f64
-    }
-
-    /// Floating-point operations of one layer: 4 per visible (query, key) pair, query head and element.
-    pub fn flops(&self) -> f64 {
-        let of = |kv_len: usize| -> usize {
-            (kv_len - self.q_len..kv_len).map(|i| i + 1 - self.first_key(i)).sum()
-        };
-        let pairs: usize = self.lengths().map(of).sum();
-        4.0 * (pairs * self.heads.0 * HEAD_DIM) as f64
-    }
-}
-
-/// Attention of a batch, each round over another layer of a pool in the native layout, blocks in random
-/// order.
-pub struct Attention<'a> {
-    kernels: &'a Kernels,
-    args: AttentionArgs,
-    layers: usize,
-    tokens: usize,
-    out: DeviceBuffer,
-    /// What `args` points to.
-    _buffers: Vec<DeviceBuffer>,
-}
-
-impl<'a> Attention<'a> {
-    /// Sets the work up; `None` when the device has too little memory for it.
-    pub fn new(
-        kernels: &'a Kernels,
-        shape: &AttentionShape,
-        rng: &mut Rng,
-    ) -> Result<Option<Self>> {
-        let device = kernels.device();
-        let info = device.info();
-        let block_size = shape.block_size;
-        // Per sequence its first live block and how many follow.
-        let live: Vec<(usize, usize)> = shape
-            .lengths()
-            .map(|kv_len| {
-                let first = shape.first_key(kv_len - shape.q_len) / block_size;
-                (first, kv_len.div_ceil(block_size) - first)
-            })
-            .collect();
-        let blocks: usize = live.iter().map(|&(_, count)| count).sum();
-        let layer_bytes = (blocks * block_size * shape.heads.1 * HEAD_DIM * 2 * 2) as u64;
-        // All layers together are several times the L2 cache.
-        let layers = (6 * info.l2_bytes).div_ceil(layer_bytes).clamp(2, 64);
-        let room = (info.memory_bytes.saturating_sub(HEADROOM) / layer_bytes).min(layers) as usize;
-        if room < 2 {
-            return Ok(None);
-        }
-        let layers = room;
-
-        let pool = random_memory(device, layers as u64 * layer_bytes, rng)?;
-        let mut ids: Vec<i32> = (0..blocks as i32).collect();
-        rng.shuffle(&mut ids);
-        let mut rows = Vec::new();
-        let mut next = 0i64;
-        for &(_, count) in &live {
-            rows.push(next);
-            next += count as i64;
-        }
-        let (kind, extent) = match shape.kind {
-            Full => (abi::HKV_LAYER_FULL, 0),
-            Sliding { window } => (abi::HKV_LAYER_SLIDING, window),
-            Chunked { chunk } => (abi::HKV_LAYER_CHUNKED, chunk),
-        };
-        let windows: Vec<hkv_window> = (0..layers)
-            .map(|layer| hkv_window {
-                kind: kind as i32,
-                extent: extent as i32,
-                sink_tokens: 0,
-                group: 0,
-                layer_slot: layer as i32,
-                reserved: [0; 3],
-            })
-            .collect();
-        let first_block: Vec<i32> = live.iter().map(|&(first, _)| first as i32).collect();
-        let kv_len: Vec<i32> = shape.lengths().map(|kv_len| kv_len as i32).collect();
-        let qo_indptr: Vec<i32> =
-            (0..=kv_len.len()).map(|seq| (seq * shape.q_len) as i32).collect();
-        let tokens = kv_len.len() * shape.q_len;
-        let elements = tokens * shape.heads.0 * HEAD_DIM;
-        let q: Vec<u16> =
-            rng.normals(elements).map(|x| half::bf16::from_f32(x).to_bits()).collect();
-        let strides = HeadStrides::contiguous(shape.heads.0 as u32, HEAD_DIM as u32);
-        let buffers = [
-            device.upload(&q)?,
-            device.upload(&qo_indptr)?,
-            device.upload(&kv_len)?,
-            device.upload(&ids)?,
-            device.upload(&rows)?,
-            device.upload(&first_block)?,
-            device.upload(&windows)?,
-        ];
-        let [q, qo_indptr, kv_len, ids, rows, first_block, windows] =
-            [0, 1, 2, 3, 4, 5, 6].map(|i: usize| buffers[i].span());
-        // NaN, so that a row that was not written shows.
-        let out = device.upload(&vec![u16::MAX; elements])?;
-        let mut args = AttentionArgs {
-            q,
-            q_strides: strides,
-            out: out.span(),
-            out_strides: strides,
-            dtype: Dtype::Bf16,
-            lse: None,
-            kv: KvView::block_first(
-                pool.span(),
-                KvShape {
-                    num_kv_heads: shape.heads.1 as u32,
-                    head_dim: HEAD_DIM as u32,
-                    dtype: Dtype::Bf16,
-                },
-                block_size as u32,
-                layers as u32,
-                blocks as u64,
-                layers as u64 * layer_bytes / blocks as u64,
-            )?,
-            qo_indptr,
-            kv_len,
-            tables: BlockTables {
-                block_ids: ids,
-                block_row: rows,
-                first_block: Some(first_block),
-                num_groups: 1,
-            },
-            windows: WindowTable { rows: windows, num_layers: layers as u32 },
-            layer: 0,
-            sink_logits: None,
-            tree_mask: None,
-            num_qo_heads: shape.heads.0 as u32,
-            num_seqs: live.len() as u32,
-            num_tokens: tokens as u32,
-            max_q_len: shape.q_len as u32,
-            max_kv_len: shape.lengths().map(|kv_len| shape.visible(kv_len)).max().unwrap_or(0)
-                as u32,
-            sm_scale: 1.0 / (HEAD_DIM as f32).sqrt(),
-            logits_soft_cap: 0.0,
-            workspace: Span::default(),
-        };
-        let workspace = device.alloc(kernels.attention_workspace_bytes(&args)? as usize)?;
-        args.workspace = workspace.span();
-        let mut buffers = Vec::from(buffers);
-        buffers.extend([pool, workspace]);
-        Ok(Some(Self { kernels, args, layers, tokens, out, _buffers: buffers }))
-    }
-
-    /// Whether every element of the output was written, and with a number.
-    ///
-    /// # Errors
-    /// `Corrupt` when not: what was timed was not attention.
-    pub fn check(&self) -> Result<()> {
-        let out: Vec<u16> = self.out.download()?;
-        match out.iter().position(|&bits| !half::bf16::from_bits(bits).is_finite()) {
-            None => Ok(()),
-            Some(at) => {
-                let row = out.len() / self.tokens;
-                let message = format!("the output of token {} was not written", at / row);
-                Err(Error::new(OP, hybridkv::ErrorKind::Corrupt(message)))
-            }
-        }
-    }
-}
-
-impl Workload for Attention<'_> {
-    fn rounds(&self) -> usize {
-        self.layers
-    }
-
-    fn submit(&self, round: usize, stream: StreamRef<'_>) -> Result<()> {
-        let args = AttentionArgs { layer: round as u32, ..self.args };
-        // SAFETY: the buffers live as long as `self`, and `measure` waits before it returns.
-        unsafe { self.kernels.attention(&args, stream) }
-    }
-}
-
-/// Device memory full of random bf16 numbers of ordinary size: 32 MiB of them, repeated.
-fn random_memory(device: &Device, bytes: u64, rng: &mut Rng) -> Result<DeviceBuffer> {
+/// Device memory full of random numbers N(0, 1) of a type: 32 MiB of them, repeated.
+pub fn random_memory(
+    device: &Device,
+    bytes: u64,
+    dtype: Dtype,
+    rng: &mut Rng,
+) -> Result<DeviceBuffer> {
     let buffer = device.alloc(bytes as usize)?;
     let first = (bytes as usize).min(32 << 20);
-    let numbers: Vec<u16> =
-        rng.normals(first / 2).map(|x| half::bf16::from_f32(x).to_bits()).collect();
+    let numbers: Vec<u8> = match dtype {
+        Dtype::E4m3 => rng.normals(first).map(e4m3::from_f32).collect(),
+        _ => rng.normals(first / 2).flat_map(|x| half::bf16::from_f32(x).to_ne_bytes()).collect(),
+    };
     let staging = device.upload(&numbers)?;
     let stream = device.stream()?;
     let mut filled = 0;
     while filled < bytes as usize {
-        let count = (bytes as usize - filled).min(first);
+        let count = (bytes as usize - filled).min(numbers.len());
         // SAFETY: both buffers live until the stream is synchronised below.
         unsafe {
             stream.as_ref().copy(staging.address(), buffer.address() + filled as u64, count)?
@@ -284,7 +69,7 @@ pub struct Arenas {
 impl Arenas {
     /// Arenas of `bytes` on the device and half as much on the host, filled with random bits.
     pub fn new(device: &Device, bytes: u64, rng: &mut Rng) -> Result<Self> {
-        let arena = random_memory(device, bytes, rng)?;
+        let arena = random_memory(device, bytes, Dtype::Bf16, rng)?;
         let mut host = device.alloc_pinned(bytes as usize / 2)?;
         for (i, word) in host.as_mut_slice().chunks_exact_mut(8).enumerate() {
             word.copy_from_slice(&(i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_ne_bytes());
@@ -417,7 +202,7 @@ pub struct Read<'a> {
 impl<'a> Read<'a> {
     /// Sets the work up over `bytes` bytes.
     pub fn new(kernels: &'a Kernels, bytes: u64, rng: &mut Rng) -> Result<Self> {
-        let data = random_memory(kernels.device(), bytes / 16 * 16, rng)?;
+        let data = random_memory(kernels.device(), bytes / 16 * 16, Dtype::Bf16, rng)?;
         let checksum = kernels.device().upload(&[0u32])?;
         Ok(Self { kernels, data, checksum })
     }

@@ -22,6 +22,9 @@ pub struct Args {
     /// are any.
     #[arg(long)]
     check: bool,
+    /// Print every row too: ours beside the machine's limit, the goal and the peers.
+    #[arg(long)]
+    rows: bool,
 }
 
 /// What one suite found on one machine.
@@ -63,6 +66,13 @@ pub struct Row {
     /// Useful bytes over time, where that has a meaning.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gbps: Option<f64>,
+    /// What the machine's own limit would give, in the same unit: of a decode, the time to read the keys
+    /// and values at the measured read rate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<f64>,
+    /// What it should reach, in the same unit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub goal: Option<f64>,
     /// The figures of others in the same run, in the same unit.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub peers: BTreeMap<String, f64>,
@@ -77,6 +87,28 @@ pub struct Row {
     /// What went wrong, or why the case was left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
+}
+
+impl Row {
+    /// Whether the figure is a time, not a rate.
+    pub fn less_is_better(&self) -> bool {
+        matches!(self.unit.as_str(), "us" | "ms" | "s")
+    }
+
+    /// Whether our figure is as good as this one.
+    pub fn reaches(&self, figure: f64) -> bool {
+        self.times_better(figure) >= 1.0
+    }
+
+    /// How many times better ours is than this one.
+    fn times_better(&self, than: f64) -> f64 {
+        if self.less_is_better() { than / self.ours } else { self.ours / than }
+    }
+
+    /// The share of the machine's limit that is reached.
+    pub fn of_limit(&self) -> Option<f64> {
+        self.limit.map(|limit| self.times_better(limit))
+    }
 }
 
 impl Report {
@@ -177,12 +209,47 @@ pub fn main(args: &Args) -> Result<ExitCode> {
             report.rows.len(),
             report.failures(),
         );
+        if args.rows {
+            print_rows(&report);
+        }
     }
     if args.check {
         println!("{stale} of {} reports are stale", files.len());
         return Ok(ExitCode::from(u8::from(stale > 0)));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The rows of a report as a table. A peer's figure is followed by how many times better ours is.
+fn print_rows(report: &Report) {
+    println!(
+        "  {:<40} {:>9} {:<7} {:>9} {:>7} {:>9}  peers (ours is so many times better)",
+        "case", "ours", "", "limit", "of it", "goal"
+    );
+    for row in &report.rows {
+        let figure = |value: Option<f64>| value.map_or("-".to_owned(), |v| format!("{v:.1}"));
+        let of_limit = row.of_limit().map(|share| format!("{:.1}%", 100.0 * share));
+        let peers: Vec<String> = row
+            .peers
+            .iter()
+            .map(|(name, &value)| format!("{name} {value:.1} ({:.2}x)", row.times_better(value)))
+            .collect();
+        let verdict = match (row.pass, &row.note) {
+            (true, None) => String::new(),
+            (true, Some(note)) => note.clone(),
+            (false, note) => format!("FAILED {}", note.as_deref().unwrap_or_default()),
+        };
+        println!(
+            "  {:<40} {:>9.1} {:<7} {:>9} {:>7} {:>9}  {} {verdict}",
+            row.case,
+            row.ours,
+            row.unit,
+            figure(row.limit),
+            of_limit.as_deref().unwrap_or("-"),
+            figure(row.goal),
+            peers.join(", "),
+        );
+    }
 }
 
 fn collect(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
