@@ -11,8 +11,12 @@ pub enum FaultKind {
     Fail,
     /// Nothing is copied, and the transfer reported as succeeded.
     Skip,
-    /// The first 16 bytes of the target are overwritten, and the transfer reported as succeeded.
+    /// The first 16 bytes of the target are overwritten, and the transfer reported as succeeded. Of a
+    /// transfer to or from storage: a byte of the stored block is changed after the write, before the read.
     Corrupt,
+    /// The stored block loses its end after the write, before the read. Transfers to and from storage only;
+    /// others fail.
+    Short,
     /// The end is reported that many polls late.
     Delay {
         /// Polls.

@@ -124,13 +124,13 @@ impl Lane {
         let mut corrupted = Vec::new();
         for Move { id, direction, src, dst, bytes } in moves.take(BATCH_TRANSFERS) {
             let fault = faults.take(direction, id);
-            let failed = fault == Some(FaultKind::Fail);
+            let failed = matches!(fault, Some(FaultKind::Fail | FaultKind::Short));
             batch.transfers.push((id, if failed { Outcome::Failed } else { Outcome::Succeeded }));
             match fault {
                 Some(FaultKind::Skip) => continue,
                 // SAFETY: `dst` is a whole block or slot of the engine, which the manager reserves for
                 // this transfer until it is reported as ended.
-                Some(FaultKind::Fail) => unsafe {
+                Some(FaultKind::Fail | FaultKind::Short) => unsafe {
                     stream.fill(dst, 0xFF, bytes as usize)?;
                     continue;
                 },

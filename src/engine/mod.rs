@@ -13,10 +13,12 @@
 
 mod fault;
 mod lane;
+mod storage;
 mod tables;
 
 pub use fault::{Fault, FaultKind};
 pub use lane::LaneStats;
+pub use storage::{BlockKey, BlockStore, Damage, FileStore, FileStoreConfig, SyncPolicy};
 pub use tables::{Batch, BatchTables, SeqSlice};
 
 use std::sync::Arc;
@@ -24,11 +26,12 @@ use std::sync::Arc;
 use crate::device::{DeviceBuffer, Event, PinnedBuffer, Span, StreamRef};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::KvView;
-use crate::manager::{Direction, HostSlot, Outcome, Place, Transfer, TransferId};
+use crate::manager::{Direction, HostSlot, Outcome, Path, Place, Transfer, TransferId};
 use crate::ops::Kernels;
 use crate::spec::{GroupPlan, LayerGroup};
 use fault::Faults;
 use lane::{Lane, Move};
+use storage::{Start, Storage};
 
 const OP: &str = "engine";
 
@@ -118,11 +121,16 @@ pub struct EngineStats {
     pub offload: LaneStats,
     /// Host to device.
     pub onboard: LaneStats,
+    /// Host to storage; the busy time is of all workers together.
+    pub persist: LaneStats,
+    /// Storage to host; the busy time is of all workers together.
+    pub fetch: LaneStats,
 }
 
 /// The pools of one device and the lanes between them. See the module documentation.
 pub struct Engine {
-    // Lanes first: their streams are drained (in `drop`) before the memory goes.
+    // Workers and lanes first: they have ended (lanes in `drop`) before the memory goes.
+    storage: Option<Storage>,
     offload: Lane,
     onboard: Lane,
     /// Recorded on the compute stream at every submission.
@@ -152,6 +160,7 @@ impl Engine {
         let pool = device.alloc(bytes(config.device_bytes(), "device")?)?;
         let arena = device.alloc_pinned(bytes(config.host_bytes(), "pinned host")?)?;
         Ok(Self {
+            storage: None,
             offload: Lane::new(device)?,
             onboard: Lane::new(device)?,
             fence: device.event()?,
@@ -233,9 +242,18 @@ impl Engine {
                 self.block(block)?;
             }
             self.slot_span(transfer.path.slot())?;
-            if matches!(transfer.path.direction(), Direction::Persist | Direction::Fetch) {
-                return Err(Error::invalid(OP, "this engine has no storage tier"));
+            if let Path::Persist { to: slot, .. } | Path::Fetch { from: slot, .. } = transfer.path {
+                let slots = self.storage.as_ref().map_or(0, |s| s.store().num_slots());
+                if slot >= slots {
+                    return Err(Error::invalid(
+                        OP,
+                        format!("slot {slot} of a storage tier of {slots}"),
+                    ));
+                }
             }
+        }
+        for transfer in transfers {
+            self.start_storage(transfer)?;
         }
         compute.record(&self.fence)?;
         for direction in [Direction::Offload, Direction::Onboard] {
@@ -274,10 +292,61 @@ impl Engine {
         Ok(())
     }
 
+    /// Hands a transfer to the storage workers, if it is theirs.
+    fn start_storage(&mut self, transfer: &Transfer) -> Result<()> {
+        let (slot, persists) = match transfer.path {
+            Path::Persist { to, .. } => (to, true),
+            Path::Fetch { from, .. } => (from, false),
+            Path::Offload { .. } | Path::Onboard { .. } => return Ok(()),
+        };
+        let span = self.slot_span(transfer.path.slot())?;
+        let Some(storage) = &mut self.storage else { return Ok(()) };
+        let start = Start {
+            id: transfer.id,
+            slot,
+            key: BlockKey { group: transfer.group, hash: transfer.hash },
+            address: span.address,
+            bytes: span.bytes as usize,
+            persists,
+            fault: self.faults.take(transfer.path.direction(), transfer.id),
+        };
+        // SAFETY: a whole slot of the arena, which goes after the storage. The manager reserves it for this
+        // transfer until it is reported as ended; the transfers that used it before were reported.
+        unsafe { storage.start(start) }
+    }
+
+    /// Attaches a storage tier, with so many threads that move blocks to and from it.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when there is one; `Io` when a thread cannot be started.
+    pub fn attach_storage(&mut self, store: Arc<dyn BlockStore>, threads: usize) -> Result<()> {
+        if self.storage.is_some() {
+            return Err(Error::invalid(OP, "a storage tier is attached already; detach it first"));
+        }
+        self.storage = Some(Storage::new(store, threads)?);
+        Ok(())
+    }
+
+    /// Detaches the storage tier once the transfers given to it have ended; their ends are reported by the
+    /// next [`Self::poll`]. The manager must have detached it before.
+    pub fn detach_storage(&mut self) {
+        if let Some(mut storage) = self.storage.take() {
+            storage.drain(&mut self.ended);
+        }
+    }
+
+    /// The store of the storage tier.
+    pub fn store(&self) -> Option<&dyn BlockStore> {
+        self.storage.as_ref().map(Storage::store)
+    }
+
     /// Appends to `ended` the transfers that have ended since the last call, and how.
     pub fn poll(&mut self, ended: &mut Vec<(TransferId, Outcome)>) -> Result<()> {
         self.offload.poll(&mut self.ended)?;
         self.onboard.poll(&mut self.ended)?;
+        if let Some(storage) = &mut self.storage {
+            storage.poll(&mut self.ended);
+        }
         self.faults.hold_back(&mut self.ended);
         ended.append(&mut self.ended);
         Ok(())
@@ -287,6 +356,9 @@ impl Engine {
     pub fn wait(&mut self, ended: &mut Vec<(TransferId, Outcome)>) -> Result<()> {
         self.offload.drain(&mut self.ended)?;
         self.onboard.drain(&mut self.ended)?;
+        if let Some(storage) = &mut self.storage {
+            storage.drain(&mut self.ended);
+        }
         self.faults.release(&mut self.ended);
         ended.append(&mut self.ended);
         Ok(())
@@ -302,13 +374,15 @@ impl Engine {
     pub fn outstanding(&self) -> usize {
         self.offload.outstanding()
             + self.onboard.outstanding()
+            + self.storage.as_ref().map_or(0, Storage::outstanding)
             + self.faults.held()
             + self.ended.len()
     }
 
     /// Bytes moved so far and the time it took, by events, of the transfers that have ended.
     pub fn stats(&self) -> EngineStats {
-        EngineStats { offload: self.offload.stats(), onboard: self.onboard.stats() }
+        let (persist, fetch) = self.storage.as_ref().map(Storage::stats).unwrap_or_default();
+        EngineStats { offload: self.offload.stats(), onboard: self.onboard.stats(), persist, fetch }
     }
 
     /// Makes later transfers misbehave: for tests of what stands on the engine.

@@ -18,6 +18,11 @@ impl BlockHash {
     /// Stands for no block.
     pub const NONE: Self = Self([0; 16]);
 
+    /// The hash of these bytes, which [`Self::as_bytes`] gave.
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
     /// Its bytes.
     pub fn as_bytes(&self) -> &[u8; 16] {
         &self.0

@@ -28,7 +28,7 @@ use std::collections::HashSet;
 pub use self::events::{Event, EventKind, Tier};
 pub use self::hash::{BlockHash, HashedTokens};
 pub use self::stats::{Stats, TierStats, TransferStats, Usage};
-pub use self::tiers::{HostConfig, WritePolicy};
+pub use self::tiers::{HostConfig, StoredBlock, WritePolicy};
 pub use self::transfer::{Direction, Path, Place, Transfer};
 
 use self::allocate::cache;

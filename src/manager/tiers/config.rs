@@ -1,6 +1,7 @@
 //! How the lower tiers are configured.
 
 use crate::error::{Error, Result};
+use crate::manager::{BlockHash, StorageSlot};
 
 /// When a block is written to the host tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -62,4 +63,15 @@ impl HostConfig {
         }
         Ok(())
     }
+}
+
+/// A block that the storage tier holds, as its store found it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoredBlock {
+    /// Where.
+    pub slot: StorageSlot,
+    /// Layer group of the block.
+    pub group: u32,
+    /// With the group, the key of the block.
+    pub hash: BlockHash,
 }

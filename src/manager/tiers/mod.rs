@@ -4,4 +4,4 @@ mod config;
 pub(super) mod device;
 pub(super) mod slots;
 
-pub use self::config::{HostConfig, WritePolicy};
+pub use self::config::{HostConfig, StoredBlock, WritePolicy};
