@@ -9,6 +9,8 @@ use crate::manager::{Direction, Outcome, TransferId};
 pub enum FaultKind {
     /// The target is overwritten with 0xFF (NaN) and the transfer reported as failed.
     Fail,
+    /// Only the first half is copied, and the transfer reported as failed.
+    Short,
     /// Nothing is copied, and the transfer reported as succeeded.
     Skip,
     /// The first 16 bytes of the target are overwritten, and the transfer reported as succeeded. Of a

@@ -135,8 +135,9 @@ impl Lane {
                     continue;
                 },
                 Some(FaultKind::Corrupt) => corrupted.push(dst),
-                Some(FaultKind::Delay { .. } | FaultKind::Unordered) | None => {}
+                Some(FaultKind::Short | FaultKind::Delay { .. } | FaultKind::Unordered) | None => {}
             }
+            let bytes = if fault == Some(FaultKind::Short) { bytes / 32 * 16 } else { bytes };
             let copy = hkv_copy { src: src as *const _, dst: dst as *mut _, bytes };
             // SAFETY: entry `num_copies < BATCH_TRANSFERS` of this batch's part of the descriptors, which
             // no launch reads: the batch that used it before has ended.

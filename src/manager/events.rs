@@ -1,9 +1,12 @@
 //! What became findable and what ceased to be, per group and tier, for routers and tests.
 
+use serde::Serialize;
+
 use super::hash::BlockHash;
 
 /// Where a block is held.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Tier {
     /// Device memory.
     Device,
@@ -14,7 +17,8 @@ pub enum Tier {
 }
 
 /// What happened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum EventKind {
     /// Blocks became findable.
     Stored,

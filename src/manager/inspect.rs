@@ -30,6 +30,31 @@ impl Manager {
         self.groups.iter().map(|group| group.max_blocks(tokens, in_flight)).sum()
     }
 
+    /// Keys of a sequence's blocks of a group in every tier, in order: of the blocks that its tokens fill.
+    /// None without prefix caching, or for a group that does not exist.
+    pub fn block_hashes(
+        &self,
+        group: usize,
+        tokens: &HashedTokens,
+    ) -> impl Iterator<Item = BlockHash> {
+        let group = self.groups.get(group);
+        let units = group.into_iter().flat_map(|group| (0..).map(|b| group.key_index(b)));
+        units.map_while(|unit| tokens.hashes().get(unit).copied())
+    }
+
+    /// Tokens of a hit, per tier from the device down, by the slowest tier that any group needs for them.
+    pub fn tier_tokens(&self, hit: &Hit) -> [usize; 3] {
+        let unit = self.hash_block.max(1);
+        let on_device = |tokens: usize| {
+            self.groups.iter().zip(&hit.blocks).all(|(group, row)| {
+                let b = tokens / group.block_size;
+                !group.needs(b, hit.tokens) || row[b] != NULL
+            })
+        };
+        let device = (0..hit.tokens).step_by(unit).filter(|&t| on_device(t)).count() * unit;
+        [device, hit.tokens - device, 0]
+    }
+
     /// Starts or stops the recording of events (off at first).
     pub fn record_events(&mut self, on: bool) {
         self.events.enabled = on;
@@ -50,15 +75,18 @@ impl Manager {
     pub fn usage(&self) -> Usage {
         let pool = &self.device.pool;
         let mut live = vec![0; self.groups.len()];
+        let mut used = 0;
         for block in (1..pool.len() as BlockId).map(|id| pool.block(id)) {
             if block.users > 0 {
                 live[block.group as usize] += 1;
             }
+            used += usize::from(block.users > 0 || block.cached);
         }
         let cached = |stats: &[TierStats]| stats.iter().map(|s| s.cached_blocks as usize).collect();
         Usage {
             device_capacity: self.capacity(),
             device_free: self.free_blocks(),
+            device_used: used,
             device_live: live,
             device_cached: cached(&self.device.stats),
             host_capacity: self.host.as_ref().map_or(0, SlotTier::capacity),

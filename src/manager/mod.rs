@@ -224,6 +224,24 @@ impl Manager {
     /// of the alignment, a pool without usable blocks, a pool too small for one request of
     /// `max_model_len`.
     pub fn new(config: ManagerConfig) -> Result<Self> {
+        let manager = Self::oversubscribed(config)?;
+        let tokens = manager.config.max_model_len as usize;
+        let (needed, capacity) = (manager.max_blocks(tokens), manager.capacity());
+        if needed > capacity {
+            return Err(Error::new(
+                "manager",
+                ErrorKind::PoolTooSmall { tokens, needed, capacity },
+            ));
+        }
+        Ok(manager)
+    }
+
+    /// Like [`Self::new`], whatever `max_model_len` is: requests that the pool cannot hold are refused when
+    /// they come.
+    ///
+    /// # Errors
+    /// The others of [`Self::new`].
+    pub fn oversubscribed(config: ManagerConfig) -> Result<Self> {
         const OP: &str = "manager";
         let (unit, alignment) = check_groups(OP, &config.groups)?;
         if config.max_model_len == 0 {
@@ -252,7 +270,7 @@ impl Manager {
             host.check(OP)?;
         }
         let groups: Vec<Group> = config.groups.iter().map(|g| Group::new(g, unit)).collect();
-        let manager = Self {
+        Ok(Self {
             policy: Policy { retention: config.retention, alignment },
             hash_block: if config.prefix_caching { unit } else { 0 },
             device: DeviceTier::new(Pool::new(config.num_blocks), groups.len()),
@@ -264,13 +282,7 @@ impl Manager {
             stats: Stats::default(),
             groups,
             config,
-        };
-        let tokens = manager.config.max_model_len as usize;
-        let (needed, capacity) = (manager.max_blocks(tokens), manager.capacity());
-        if needed > capacity {
-            return Err(Error::new(OP, ErrorKind::PoolTooSmall { tokens, needed, capacity }));
-        }
-        Ok(manager)
+        })
     }
 
     /// Says that the work computing the first `computed` tokens has been submitted and that of the first

@@ -1,9 +1,11 @@
 //! Counters, per layer group and tier.
 
+use serde::Serialize;
+
 use super::Direction;
 
 /// Counters of one group in one tier. All but the occupancy only grow.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct TierStats {
     /// Blocks findable now.
     pub cached_blocks: u64,
@@ -16,7 +18,7 @@ pub struct TierStats {
 }
 
 /// Counters of the transfers of one direction.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct TransferStats {
     /// Emitted.
     pub started: u64,
@@ -27,7 +29,7 @@ pub struct TransferStats {
 }
 
 /// Everything the manager counts.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Stats {
     /// Allocations that succeeded.
     pub allocations: u64,
@@ -78,6 +80,8 @@ pub struct Usage {
     pub device_capacity: usize,
     /// Those that could be taken now, cached ones without a user included.
     pub device_free: usize,
+    /// Those that tables of sequences hold or that are findable.
+    pub device_used: usize,
     /// Per group, blocks that tables of sequences hold.
     pub device_live: Vec<usize>,
     /// Per group, findable blocks, in use or not.

@@ -41,6 +41,11 @@ impl Group {
         (self.kind.skipped(n as u64) as usize) / self.block_size
     }
 
+    /// Whether a prefix of `tokens` needs block `b`, one of its own.
+    pub fn needs(&self, b: usize, tokens: usize) -> bool {
+        b < self.sink_blocks || b >= self.first_needed(tokens)
+    }
+
     /// Blocks that a prefix of `tokens`, whole blocks, needs, ascending.
     pub fn needed(&self, tokens: usize) -> impl Iterator<Item = usize> + use<> {
         let (first, end) = (self.first_needed(tokens), tokens / self.block_size);

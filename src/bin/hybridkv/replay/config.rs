@@ -1,8 +1,8 @@
 //! The configuration of a replayed manager, with the names and defaults of the `config` operation.
 
 use hybridkv::error::{Error, Result};
-use hybridkv::manager::{GroupConfig, HostConfig, ManagerConfig, Retention};
-use hybridkv::spec::{AttentionKind, GroupPlan};
+use hybridkv::manager::{GroupConfig, HostConfig, ManagerConfig, Retention, WritePolicy};
+use hybridkv::spec::{AttentionKind, GroupKind, GroupPlan, LayerGroup};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -10,6 +10,12 @@ use super::OP;
 
 /// Bytes of K and V of one token in one layer where no model says it: 8 heads of 128 in 16 bits.
 const TOKEN_BYTES: u64 = 4096;
+
+/// Blocks of a tier, at most: a line of input must not take all memory.
+const MAX_BLOCKS: u32 = 1 << 24;
+
+/// SGLang's threshold of write-through-selective.
+const SELECTIVE_USES: u32 = 2;
 
 /// Fields of the `config` operation.
 #[derive(Debug, Clone, Deserialize)]
@@ -50,6 +56,7 @@ enum Kind {
     Full,
     Sliding,
     Chunked,
+    State,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
@@ -64,6 +71,30 @@ enum Chunks {
 #[serde(deny_unknown_fields)]
 struct Host {
     blocks: u32,
+    #[serde(default)]
+    policy: HostPolicy,
+    #[serde(default)]
+    write: Write,
+    /// Offers of a block before it is stored.
+    store_threshold: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum HostPolicy {
+    #[default]
+    Lru,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+enum Write {
+    #[default]
+    #[serde(rename = "write_through")]
+    Through,
+    #[serde(rename = "write_through_selective")]
+    Selective,
+    #[serde(rename = "write_back")]
+    Back,
 }
 
 fn yes() -> bool {
@@ -85,17 +116,20 @@ impl Config {
     /// What the manager is built from.
     ///
     /// # Errors
-    /// `InvalidArgument` for a group without a block size.
+    /// `InvalidArgument` for a group without a block size, `Unsupported` for more blocks than memory is
+    /// likely to describe.
     pub fn manager(&self) -> Result<ManagerConfig> {
+        for blocks in [self.num_blocks, self.host.as_ref().map_or(0, |host| host.blocks)] {
+            if blocks > MAX_BLOCKS {
+                let supported = format!("up to {MAX_BLOCKS}");
+                return Err(Error::unsupported(OP, "a tier of blocks of", blocks, supported));
+            }
+        }
         let group = |group: &Group| {
             let block_size = group.block_size.or(self.block_size).ok_or_else(|| {
                 Error::invalid(OP, "a group has no block_size, and there is none for all")
             })?;
-            Ok(GroupConfig {
-                kind: group.kind()?.into(),
-                sink_tokens: group.sink_tokens,
-                block_size,
-            })
+            Ok(GroupConfig { kind: group.kind()?, sink_tokens: group.sink_tokens, block_size })
         };
         Ok(ManagerConfig {
             groups: self.groups.iter().map(group).collect::<Result<_>>()?,
@@ -108,7 +142,7 @@ impl Config {
             },
             max_model_len: self.max_model_len.unwrap_or(u32::MAX),
             in_flight_tokens: self.in_flight_tokens,
-            host: self.host.as_ref().map(|host| HostConfig::new(host.blocks)),
+            host: self.host.as_ref().map(Host::config).transpose()?,
             identity: [0; 32],
         })
     }
@@ -123,16 +157,35 @@ impl Config {
     }
 }
 
+impl Host {
+    fn config(&self) -> Result<HostConfig> {
+        let write = match (self.write, self.store_threshold) {
+            (Write::Through, None | Some(1)) => WritePolicy::Through,
+            (Write::Through, Some(uses)) => WritePolicy::Selective { uses },
+            (Write::Selective, uses) => {
+                WritePolicy::Selective { uses: uses.unwrap_or(SELECTIVE_USES) }
+            }
+            (Write::Back, None | Some(1)) => WritePolicy::Back,
+            (Write::Back, Some(_)) => {
+                return Err(Error::invalid(OP, "write_back knows no store_threshold"));
+            }
+        };
+        let HostPolicy::Lru = self.policy;
+        Ok(HostConfig::new(self.blocks).with_write(write))
+    }
+}
+
 impl Group {
-    fn kind(&self) -> Result<AttentionKind> {
+    fn kind(&self) -> Result<GroupKind> {
         match (self.kind, self.window, self.chunk) {
-            (Kind::Full, None, None) => Ok(AttentionKind::Full),
-            (Kind::Sliding, Some(window), None) => Ok(AttentionKind::Sliding { window }),
-            (Kind::Chunked, None, Some(chunk)) => Ok(AttentionKind::Chunked { chunk }),
+            (Kind::Full, None, None) => Ok(AttentionKind::Full.into()),
+            (Kind::Sliding, Some(window), None) => Ok(AttentionKind::Sliding { window }.into()),
+            (Kind::Chunked, None, Some(chunk)) => Ok(AttentionKind::Chunked { chunk }.into()),
+            (Kind::State, None, None) => Ok(GroupKind::State),
             (kind, ..) => Err(Error::invalid(
                 OP,
                 format!(
-                    "a group of kind {kind:?} with the wrong extent: full has none, sliding a window, chunked a chunk"
+                    "a group of kind {kind:?} with the wrong extent: full and state have none, sliding a window, chunked a chunk"
                 ),
             )),
         }
@@ -146,23 +199,31 @@ pub fn crate_defaults() -> Value {
 
 /// The groups of a model, as the field `groups`.
 pub fn describe_groups(plan: &GroupPlan) -> Value {
-    let group = |group: &hybridkv::spec::LayerGroup| {
-        let mut fields = match group.kind {
-            AttentionKind::Full => json!({ "kind": "full" }),
-            AttentionKind::Sliding { window } => json!({ "kind": "sliding", "window": window }),
-            AttentionKind::Chunked { chunk } => json!({ "kind": "chunked", "chunk": chunk }),
-        };
-        merge(
-            &mut fields,
-            json!({
-                "block_size": group.block_size,
-                "layers": group.layers.len(),
-                "sink_tokens": group.sink_tokens,
-            }),
-        );
+    let group = |group: &LayerGroup| {
+        let mut fields = describe_group(&GroupConfig::from(group));
+        fields["layers"] = group.layers.len().into();
         fields
     };
     plan.groups.iter().map(group).collect()
+}
+
+/// A group, as an entry of the field `groups`.
+pub fn describe_group(group: &GroupConfig) -> Value {
+    let mut fields = match group.kind {
+        GroupKind::Attention(AttentionKind::Full) => json!({ "kind": "full" }),
+        GroupKind::Attention(AttentionKind::Sliding { window }) => {
+            json!({ "kind": "sliding", "window": window })
+        }
+        GroupKind::Attention(AttentionKind::Chunked { chunk }) => {
+            json!({ "kind": "chunked", "chunk": chunk })
+        }
+        GroupKind::State => json!({ "kind": "state" }),
+    };
+    fields["block_size"] = group.block_size.into();
+    if group.sink_tokens > 0 {
+        fields["sink_tokens"] = group.sink_tokens.into();
+    }
+    fields
 }
 
 /// Groups as the command line writes them (`full,sliding:1024,chunked:8192*3`), as the field `groups`.
@@ -177,7 +238,7 @@ pub fn parse_groups(text: &str) -> Result<Value> {
                 OP,
                 "layer group",
                 part,
-                "full, sliding:WINDOW, chunked:CHUNK, each with *COUNT behind it",
+                "full, sliding:WINDOW, chunked:CHUNK, state, each with *COUNT behind it",
             )
         };
         let (group, count) = match part.split_once('*') {
@@ -189,7 +250,7 @@ pub fn parse_groups(text: &str) -> Result<Value> {
             None => (group, None),
         };
         let group = match (kind, extent) {
-            ("full", None) => json!({ "kind": "full" }),
+            ("full" | "state", None) => json!({ "kind": kind }),
             ("sliding", Some(window)) => json!({ "kind": "sliding", "window": window }),
             ("chunked", Some(chunk)) => json!({ "kind": "chunked", "chunk": chunk }),
             _ => return Err(refuse()),

@@ -1,12 +1,18 @@
-//! `hybridkv replay`: drives a manager from outside, without a model, by a request trace.
+//! `hybridkv replay`: drives a manager from outside, without a model: by operations, one JSON object per
+//! line (docs/replay.md), or by a request trace.
 
 mod config;
 mod figures;
+mod memory;
+mod ops;
 mod requests;
+mod session;
 
+use std::fs::File;
+use std::io::{BufReader, stdin, stdout};
 use std::process::ExitCode;
 
-use hybridkv::error::{Error, Result};
+use hybridkv::error::{Error, ErrorKind, Result};
 use serde_json::{Value, json};
 
 use crate::trace::Trace;
@@ -18,11 +24,14 @@ const OP: &str = "replay";
 /// Arguments of `hybridkv replay`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// Operations, one per line; - for standard input.
+    #[arg(default_value = "-", conflicts_with = "trace")]
+    operations: String,
     /// A request trace in the Mooncake JSONL form, one request at a time at full speed.
     #[arg(long, value_name = "FILE")]
-    trace: String,
+    trace: Option<String>,
     /// Only the first requests of the trace.
-    #[arg(long)]
+    #[arg(long, requires = "trace")]
     limit: Option<usize>,
     /// A preset (llama-4-scout, gemma-3-27b, ...) or the path of a Hugging Face config.json
     /// [default: llama-3.1-8b].
@@ -58,7 +67,10 @@ pub struct Args {
 
 /// Runs the subcommand.
 pub fn main(args: &Args) -> Result<ExitCode> {
-    let trace = Trace::read(&args.trace, args.limit.unwrap_or(usize::MAX), 1)?;
+    let Some(trace) = &args.trace else {
+        return replay_operations(&args.operations).map(|()| ExitCode::SUCCESS);
+    };
+    let trace = Trace::read(trace, args.limit.unwrap_or(usize::MAX), 1)?;
     let config = trace_config(args, &trace)?;
     let figures = requests::replay(&trace, &config)?;
     match args.json {
@@ -66,6 +78,15 @@ pub fn main(args: &Args) -> Result<ExitCode> {
         false => print!("{}", figures.table()),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn replay_operations(path: &str) -> Result<()> {
+    let io = |source| Error::new(OP, ErrorKind::Io { path: path.to_owned(), source });
+    match path {
+        "-" => session::serve(stdin().lock(), stdout().lock()),
+        _ => session::serve(BufReader::new(File::open(path).map_err(io)?), stdout().lock()),
+    }
+    .map_err(io)
 }
 
 /// The configuration that the options name.

@@ -5,12 +5,14 @@
 
 use std::time::{Duration, Instant};
 
-use hybridkv::error::Result;
-use hybridkv::manager::{ExtraKeys, Manager, Outcome, SeqId};
+use hybridkv::error::{ErrorKind, Result};
+use hybridkv::manager::{ExtraKeys, Manager, Outcome, SeqId, WritePolicy};
 
 use super::config::Config;
 use super::figures::{Figures, Phase, Times};
 use crate::trace::{Trace, output_token};
+
+const KEYS: ExtraKeys<'static> = ExtraKeys { salt: "", lora: "" };
 
 /// Replays a trace.
 ///
@@ -37,23 +39,47 @@ fn serve(
     output: &[u32],
     times: &mut Times,
 ) -> Result<()> {
+    // Only write-back refuses what it later grants: nothing else needs the hashes twice.
+    let retried = manager.config().host.is_some_and(|host| host.write == WritePolicy::Back);
     let mut clock = Clock(Instant::now());
-    let tokens = manager.hash(prompt, ExtraKeys::default());
+    let tokens = manager.hash(prompt, KEYS);
     times.push(Phase::Hash, clock.lap());
-    let allocation = manager.allocate_hashed(seq, tokens, 0)?;
+    let mut once = Some(tokens);
+    let allocation = with_room(manager, |m| {
+        let tokens = if retried { once.clone() } else { once.take() };
+        m.allocate_hashed(seq, tokens.unwrap_or_else(|| m.hash(prompt, KEYS)), 0)
+    })?;
     times.push(Phase::Allocate, clock.lap());
     if !allocation.loads.is_empty() {
         complete_transfers(manager)?;
     }
     manager.advance_with(seq, prompt.len(), prompt.len(), |_, _| {})?;
     if !output.is_empty() {
-        manager.append_with(seq, output, |_, _| {})?;
+        with_room(manager, |m| m.append_with(seq, output, |_, _| {}))?;
     }
     complete_transfers(manager)?;
     times.push(Phase::Append, clock.lap());
     manager.free(seq)?;
     times.push(Phase::Free, clock.lap());
     Ok(())
+}
+
+/// An act that takes blocks: under write-back it is refused until what they hold has been stored.
+fn with_room<T>(
+    manager: &mut Manager,
+    mut act: impl FnMut(&mut Manager) -> Result<T>,
+) -> Result<T> {
+    loop {
+        match act(manager) {
+            Err(error)
+                if matches!(error.kind(), ErrorKind::NoFreeBlocks { .. })
+                    && manager.transfers_in_flight() > 0 =>
+            {
+                complete_transfers(manager)?;
+            }
+            result => return result,
+        }
+    }
 }
 
 /// Ends all transfers, in the order in which they were emitted.

@@ -1,0 +1,317 @@
+//! `hybridkv replay`: the language-neutral cases as operations, every fault of every transfer, and input that is
+//! no operation, which changes nothing.
+#![cfg(feature = "cli")]
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+/// A session: one line in, one line out.
+struct Session {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Session {
+    fn new() -> Self {
+        let binary = std::env::var_os("HYBRIDKV_BIN");
+        let mut child =
+            Command::new(binary.unwrap_or_else(|| env!("CARGO_BIN_EXE_hybridkv").into()))
+                .arg("replay")
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .expect("the binary runs");
+        let input = child.stdin.take().unwrap();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        Self { child, input, output }
+    }
+
+    fn with(config: Value) -> Self {
+        let mut session = Self::new();
+        let mut line = json!({ "op": "config" });
+        line.as_object_mut().unwrap().extend(config.as_object().unwrap().clone());
+        let answer = session.send(line);
+        assert_eq!(answer["ok"], true, "{answer}");
+        session
+    }
+
+    fn send(&mut self, op: Value) -> Value {
+        self.send_bytes(op.to_string().as_bytes())
+    }
+
+    fn send_bytes(&mut self, line: &[u8]) -> Value {
+        self.input.write_all(line).unwrap();
+        self.input.write_all(b"\n").unwrap();
+        self.input.flush().unwrap();
+        let mut answer = String::new();
+        self.output.read_line(&mut answer).unwrap();
+        serde_json::from_str(&answer).unwrap_or_else(|_| panic!("{line:?}: {answer:?}"))
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Whether `answer` has everything that is expected of it.
+fn has(answer: &Value, expected: &Value) -> bool {
+    match (answer, expected) {
+        (Value::Object(answer), Value::Object(expected)) => expected
+            .iter()
+            .all(|(key, value)| answer.get(key).is_some_and(|given| has(given, value))),
+        _ => answer == expected,
+    }
+}
+
+#[test]
+fn the_cases_hold() {
+    let text = include_str!("fixtures/semantics/replay.json");
+    let file: Value = serde_json::from_str(text).unwrap();
+    for case in file["cases"].as_array().unwrap() {
+        let mut session = Session::new();
+        for (n, step) in case["steps"].as_array().unwrap().iter().enumerate() {
+            let answer = session.send(step[0].clone());
+            assert!(
+                has(&answer, &step[1]),
+                "{}, step {n}: {}\nexpected {}\nanswer   {answer}",
+                case["id"],
+                step[0],
+                step[1]
+            );
+        }
+    }
+}
+
+/// A host tier that holds a prompt of three blocks which the device has lost. Faults of stores come first.
+fn offloaded(store: Option<&str>) -> Session {
+    let mut s = Session::with(json!({
+        "block_size": 16, "num_blocks": 9, "groups": [{"kind": "full"}], "host": {"blocks": 32},
+    }));
+    assert_eq!(s.send(json!({"op": "allocate", "id": 1, "tokens": prompt()}))["ok"], true);
+    if let Some(kind) = store {
+        // Of the second of three.
+        s.send(json!({"op": "advance", "id": 1, "computed": 49}));
+        s.send(json!({"op": "tick", "n": 1}));
+        s.send(json!({"op": "fault", "where": "store", "kind": kind, "count": 1}));
+    }
+    s.send(json!({"op": "advance", "id": 1, "computed": 49}));
+    s.send(json!({"op": "tick"}));
+    s.send(json!({"op": "free", "id": 1}));
+    let flood: Vec<u32> = (1000..1128).collect();
+    assert_eq!(s.send(json!({"op": "allocate", "id": 2, "tokens": flood}))["ok"], true);
+    s.send(json!({"op": "free", "id": 2}));
+    s
+}
+
+fn prompt() -> Vec<u32> {
+    (0..49).collect()
+}
+
+#[test]
+fn no_fault_lets_wrong_bytes_be_served() {
+    for kind in ["fail", "short", "corrupt"] {
+        let mut s = offloaded(None);
+        s.send(json!({"op": "fault", "where": "load", "kind": kind, "count": 1}));
+        let answer = s.send(json!({"op": "allocate", "id": 3, "tokens": prompt()}));
+        assert_eq!((&answer["hit_tokens"], &answer["ready"]), (&json!(48), &json!(false)));
+        let answer = s.send(json!({"op": "tick"}));
+        assert_eq!(answer["failed"], json!([{"id": 3, "valid_tokens": 0}]), "{kind}");
+    }
+    // A store that is known to have failed leaves a hole; one that lies is found out by the load.
+    for (kind, hit) in [("fail", 16), ("short", 16), ("corrupt", 48)] {
+        let mut s = offloaded(Some(kind));
+        let answer = s.send(json!({"op": "allocate", "id": 3, "tokens": prompt()}));
+        assert_eq!(answer["hit_tokens"], hit, "{kind}");
+        let answer = s.send(json!({"op": "tick"}));
+        match kind {
+            "corrupt" => assert_eq!(answer["failed"], json!([{"id": 3, "valid_tokens": 16}])),
+            _ => assert_eq!(answer["ready"], json!([3])),
+        }
+    }
+}
+
+#[test]
+fn write_back_stores_what_is_evicted() {
+    let mut s = Session::with(json!({
+        "block_size": 16, "num_blocks": 9, "groups": [{"kind": "full"}],
+        "host": {"blocks": 32, "write": "write_back"},
+    }));
+    s.send(json!({"op": "allocate", "id": 1, "tokens": prompt()}));
+    s.send(json!({"op": "advance", "id": 1, "computed": 49}));
+    assert_eq!(s.send(json!({"op": "tick"}))["ended"], 0);
+    s.send(json!({"op": "free", "id": 1}));
+    let flood: Vec<u32> = (1000..1128).collect();
+    assert_eq!(s.send(json!({"op": "allocate", "id": 2, "tokens": flood}))["ok"], true);
+    s.send(json!({"op": "free", "id": 2}));
+    let answer = s.send(json!({"op": "lookup", "tokens": prompt()}));
+    assert_eq!((&answer["hit_tokens"], &answer["device_hit_tokens"]), (&json!(48), &json!(0)));
+    // A store that does not end keeps its block from reuse.
+    s.send(json!({"op": "fault", "where": "store", "kind": "delay", "count": 99}));
+    let answer = s.send(json!({"op": "allocate", "id": 3, "tokens": [1, 2, 3]}));
+    assert_eq!(answer, json!({"ok": false, "error": "no_free_blocks"}));
+}
+
+#[test]
+fn a_delayed_load_ends_with_the_next_tick() {
+    let mut s = offloaded(None);
+    s.send(json!({"op": "fault", "where": "load", "kind": "delay", "count": 1}));
+    s.send(json!({"op": "allocate", "id": 3, "tokens": prompt()}));
+    let answer = s.send(json!({"op": "tick"}));
+    assert_eq!((&answer["ended"], &answer["ready"]), (&json!(2), &json!([])));
+    let refused = s.send(json!({"op": "append", "id": 3, "tokens": [7]}));
+    assert_eq!(refused["ok"], false, "it is not known yet what it has");
+    let answer = s.send(json!({"op": "tick"}));
+    assert_eq!((&answer["ended"], &answer["ready"]), (&json!(1), &json!([3])));
+    // The name may be used again while transfers of its last owner are on their way.
+    let mut s = offloaded(None);
+    s.send(json!({"op": "allocate", "id": 3, "tokens": prompt()}));
+    s.send(json!({"op": "free", "id": 3}));
+    s.send(json!({"op": "allocate", "id": 3, "tokens": [5, 5]}));
+    assert_eq!(s.send(json!({"op": "tick"}))["ready"], json!([]));
+    assert_eq!(s.send(json!({"op": "append", "id": 3, "tokens": [7]}))["ok"], true);
+}
+
+#[test]
+fn lines_that_are_no_operations_are_answered() {
+    let mut s = Session::new();
+    let config =
+        json!({"op": "config", "block_size": 4, "num_blocks": 9, "groups": [{"kind": "full"}]});
+    assert_eq!(s.send(json!({"op": "state"}))["ok"], false, "before config");
+    for (key, value) in [
+        ("block_size", json!(0)),
+        ("num_blocks", json!(1)),
+        ("num_blocks", json!(u32::MAX)),
+        ("groups", json!([])),
+        ("groups", json!([{"kind": "sliding"}])),
+        ("groups", json!([{"kind": "sliding", "window": 0}])),
+        ("groups", json!([{"kind": "full", "window": 4}])),
+        ("groups", json!([{"kind": "round"}])),
+        ("retention_interval", json!(3)),
+        ("max_model_len", json!(0)),
+        ("host", json!({"blocks": -1})),
+        ("typo", json!(1)),
+    ] {
+        let mut wrong = config.clone();
+        wrong[key] = value;
+        let answer = s.send(wrong.clone());
+        assert_eq!(answer["ok"], false, "{wrong}");
+    }
+    assert_eq!(s.send(config.clone())["ok"], true);
+    s.send(json!({"op": "allocate", "id": "a", "tokens": [1, 2, 3, 4, 5]}));
+    let before = s.send(json!({"op": "state"}));
+    for line in [
+        &b""[..],
+        b"{",
+        b"[]",
+        b"7",
+        b"\xff\xfe",
+        b"{\"op\":\"allocate\"}",
+        b"{\"op\":\"allocate\",\"id\":\"b\",\"tokens\":[]}",
+        b"{\"op\":\"allocate\",\"id\":\"b\",\"tokens\":[1.5]}",
+        b"{\"op\":\"allocate\",\"id\":\"b\",\"tokens\":[-1]}",
+        b"{\"op\":\"allocate\",\"id\":\"b\",\"tokens\":{\"runs\":[[1,18446744073709551615],[1,1]]}}",
+        b"{\"op\":\"allocate\",\"id\":\"b\",\"tokens\":{\"runs\":[[1,99999999999]]}}",
+        b"{\"op\":\"allocate\",\"id\":\"b\",\"tokens\":[1],\"lookahead\":18446744073709551615}",
+        b"{\"op\":\"allocate\",\"id\":\"b\",\"tokens\":[1],\"num_tokens\":18446744073709551615}",
+        b"{\"op\":\"allocate\",\"id\":\"a\",\"tokens\":[1]}",
+        b"{\"op\":\"allocate\",\"id\":[1],\"tokens\":[1]}",
+        b"{\"op\":\"lookup\",\"id\":\"b\",\"tokens\":[]}",
+        b"{\"op\":\"append\",\"id\":\"a\",\"tokens\":[]}",
+        b"{\"op\":\"append\",\"id\":\"b\",\"tokens\":[1]}",
+        b"{\"op\":\"advance\",\"id\":\"a\",\"computed\":6}",
+        b"{\"op\":\"advance\",\"id\":\"a\",\"computed\":2,\"settled\":3}",
+        b"{\"op\":\"forget\",\"id\":\"a\",\"group\":1,\"block_index\":0}",
+        b"{\"op\":\"fault\",\"where\":\"store\",\"kind\":\"fail\",\"count\":1}",
+        b"{\"op\":\"free\",\"id\":\"b\"}",
+        b"{\"op\":\"free\",\"id\":\"a\",\"id\":\"a\"}",
+        b"{\"op\":\"free\",\"id\":\"a\",\"typo\":1}",
+    ] {
+        let answer = s.send_bytes(line);
+        let line = String::from_utf8_lossy(line);
+        assert_eq!((&answer["ok"], answer["error"].is_string()), (&json!(false), true), "{line}");
+        assert_eq!(s.send(json!({"op": "state"})), before, "{line}");
+    }
+    assert_eq!(s.send(config)["ok"], false, "a second config");
+    // What is not there needs no forgetting.
+    let answer = s.send(json!({"op": "forget", "id": "a", "group": 0, "block_index": 99}));
+    assert_eq!(answer["ok"], true);
+}
+
+/// One operation on few names and few tokens; now and then a broken one.
+fn operation() -> impl Strategy<Value = Value> {
+    let id = prop_oneof![(0..4u64).prop_map(|n| json!(n)), Just(json!("x"))];
+    let tokens = || {
+        let runs = prop::collection::vec((0..3u32, 0..30usize), 0..4);
+        prop_oneof![
+            9 => runs.prop_map(|runs| json!({ "runs": runs })),
+            1 => Just(json!("tokens")),
+        ]
+    };
+    let place = prop::sample::select(vec!["store", "load", "storage_read", "nowhere"]);
+    let kind = prop::sample::select(vec!["fail", "short", "corrupt", "delay"]);
+    let number = || prop_oneof![8 => 0..60u64, 1 => Just(u64::MAX)];
+    prop_oneof![
+        4 => (id.clone(), tokens(), number(), 0..9u64).prop_map(|(id, tokens, n, lookahead)| json!({
+            "op": "allocate", "id": id, "tokens": tokens, "num_tokens": n, "lookahead": lookahead,
+        })),
+        1 => (id.clone(), tokens()).prop_map(|(id, tokens)| json!({
+            "op": "lookup", "id": id, "tokens": tokens, "salt": "s",
+        })),
+        3 => (id.clone(), tokens())
+            .prop_map(|(id, tokens)| json!({ "op": "append", "id": id, "tokens": tokens })),
+        4 => (id.clone(), number(), number()).prop_map(|(id, computed, settled)| json!({
+            "op": "advance", "id": id, "computed": computed, "settled": settled,
+        })),
+        2 => id.clone().prop_map(|id| json!({ "op": "free", "id": id })),
+        1 => id.clone().prop_map(|id| json!({ "op": "abort", "id": id })),
+        1 => (id, 0..4u64, number()).prop_map(|(id, group, index)| json!({
+            "op": "forget", "id": id, "group": group, "block_index": index,
+        })),
+        2 => (0..5u64).prop_map(|n| json!({ "op": "tick", "n": n })),
+        1 => (place, kind, 0..3u32).prop_map(|(place, kind, count)| json!({
+            "op": "fault", "where": place, "kind": kind, "count": count,
+        })),
+        1 => prop::sample::select(vec!["reset_prefix_cache", "events", "stats", "tick", "nothing"])
+            .prop_map(|op| json!({ "op": op })),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Whatever comes, there is an answer, and a refusal leaves the state as it was.
+    #[test]
+    fn a_refused_operation_changes_nothing(
+        ops in prop::collection::vec(operation(), 1..60),
+        host in prop::option::of(1..20u32),
+        mix in 0..4usize,
+    ) {
+        let groups = [
+            json!([{"kind": "full"}]),
+            json!([{"kind": "full"}, {"kind": "sliding", "window": 6, "sink_tokens": 1}]),
+            json!([{"kind": "full", "block_size": 8}, {"kind": "chunked", "chunk": 12}]),
+            json!([{"kind": "sliding", "window": 9}]),
+        ];
+        let mut config = json!({ "block_size": 4, "num_blocks": 24, "groups": groups[mix] });
+        if let Some(blocks) = host {
+            config["host"] = json!({ "blocks": blocks });
+        }
+        let mut s = Session::with(config);
+        let mut before = s.send(json!({"op": "state"}));
+        for op in ops {
+            let answer = s.send(op.clone());
+            let after = s.send(json!({"op": "state"}));
+            if answer["ok"] != true {
+                prop_assert_eq!(&after, &before, "{} answered {}", op, answer);
+            }
+            before = after;
+        }
+    }
+}
