@@ -173,6 +173,18 @@ pub enum ErrorKind {
     /// A sequence id that is live already.
     #[error("sequence {0} exists already")]
     DuplicateSequence(u64),
+    /// A windowed group has freed blocks that a shorter sequence would see.
+    #[error(
+        "sequence {seq} cannot be cut back to {tokens} tokens: layer group {group} has freed what they see; free it and allocate it anew"
+    )]
+    OutOfWindow {
+        /// The sequence.
+        seq: u64,
+        /// Tokens it was to keep.
+        tokens: usize,
+        /// The first layer group that lacks blocks.
+        group: usize,
+    },
     /// A transfer completion that names no outstanding transfer.
     #[error("transfer {0} is not outstanding")]
     UnknownTransfer(u64),

@@ -1,6 +1,7 @@
 //! Lookup, allocation and growth of sequences: what is found is pinned, what is missing is taken, and what
 //! the tokens fill becomes findable.
 
+use super::branch::shared_tail;
 use super::groups::align_down;
 use super::pool::NULL;
 use super::prefix::{Found, Search};
@@ -50,7 +51,7 @@ impl Manager {
         let found = self.search(&tokens);
         let num_tokens = prompt.len().min(found.tokens.saturating_add(budget));
         if num_tokens < prompt.len() {
-            tokens.truncate(prompt, num_tokens);
+            tokens.truncate(num_tokens);
         }
         self.place(OP, seq, tokens, prompt.len(), found, lookahead)
     }
@@ -85,11 +86,17 @@ impl Manager {
         self.place(OP, seq, tokens, prompt, found, lookahead)
     }
 
+    /// Refuses a name that is taken.
+    pub(super) fn check_name(&self, op: &'static str, seq: SeqId) -> Result<()> {
+        match self.sequences.contains_key(&seq) {
+            true => Err(Error::new(op, ErrorKind::DuplicateSequence(seq))),
+            false => Ok(()),
+        }
+    }
+
     /// Whether a sequence of this name and length can be.
     fn check_new(&self, op: &'static str, seq: SeqId, tokens: usize) -> Result<()> {
-        if self.sequences.contains_key(&seq) {
-            return Err(Error::new(op, ErrorKind::DuplicateSequence(seq)));
-        }
+        self.check_name(op, seq)?;
         if tokens == 0 {
             return Err(Error::invalid(op, "a sequence needs at least one token"));
         }
@@ -192,6 +199,7 @@ impl Manager {
             rows: tables,
             boundaries: self.policy.boundaries(prompt, junction),
             generation,
+            inherited: None,
             loading: loads.len(),
             lost: Vec::new(),
             repaired: false,
@@ -230,7 +238,7 @@ impl Manager {
         &mut self,
         seq: SeqId,
         tokens: &[u32],
-        new_block: impl FnMut(usize, BlockId),
+        mut new_block: impl FnMut(usize, BlockId),
     ) -> Result<()> {
         const OP: &str = "append";
         let Self { config, groups, device, sequences, stats, .. } = self;
@@ -243,18 +251,30 @@ impl Manager {
         check_loaded(OP, seq, sequence)?;
         let num_tokens = sequence.tokens.len() + tokens.len();
         check_length(OP, num_tokens, config.max_model_len as usize)?;
+        let before = sequence.tokens.len();
         let (mut fresh, mut held) = (0, 0);
         for (group, row) in groups.iter().zip(&sequence.rows) {
             let blocks = num_tokens.div_ceil(group.block_size);
             fresh += blocks.saturating_sub(row.table.len());
+            fresh += usize::from(shared_tail(group, &device.pool, row, before).is_some());
             held += row.table.len() - row.first_live;
         }
         check_room(OP, &device.pool, stats, num_tokens, fresh + held, fresh)?;
         self.clean(OP, fresh, &[])?;
-        let Self { groups, policy, device, sequences, events, .. } = self;
+        let Self { groups, policy, device, sequences, copies, events, .. } = self;
         let Some(sequence) = sequences.get_mut(&seq) else { return Ok(()) };
-        sequence.tokens.push(tokens);
         events.seal();
+        for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
+            if let Some(b) = shared_tail(group, &device.pool, row, before)
+                && let Some(to) = device.take(g, events)
+            {
+                let from = std::mem::replace(&mut row.table[b], to);
+                copies.push_back(BlockCopy { group: g as u32, from, to });
+                device.pool.release(std::iter::once(from));
+                new_block(g, to);
+            }
+        }
+        sequence.tokens.push(tokens);
         grow(groups, device, events, sequence, num_tokens, new_block);
         cache(groups, policy, device, events, sequence);
         Ok(())
@@ -346,7 +366,12 @@ pub(super) fn cache(
         let considered = std::mem::replace(&mut row.considered, end / group.block_size);
         for b in considered..row.considered {
             let id = row.table[b];
-            if id != NULL && policy.keeps(group, &sequence.boundaries, b) {
+            // A block of a forked sequence can have been cached for another one: by the same tokens, so
+            // under the same hash.
+            if id != NULL
+                && !device.pool.block(id).cached
+                && policy.keeps(group, &sequence.boundaries, b)
+            {
                 let hash = sequence.tokens.hashes()[group.key_index(b)];
                 device.insert(g, hash, b, id);
                 events.push(EventKind::Stored, g as u32, Tier::Device, b as u32, hash);

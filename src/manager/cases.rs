@@ -379,7 +379,7 @@ fn hash_001_chain() {
     assert_eq!(pieces.hashes(), hashed.hashes());
     pieces.push(&[9, 9]);
     assert_eq!(pieces.hashes().len(), hashed.hashes().len());
-    pieces.truncate(&all, 4);
+    pieces.truncate(4);
     pieces.push(&all[4..]);
     assert_eq!(pieces.hashes(), hashed.hashes());
 }

@@ -92,8 +92,8 @@ pub struct HashedTokens {
     seed: BlockHash,
     /// Hashes of all full units.
     hashes: Vec<BlockHash>,
-    /// Tokens after the last full unit.
-    tail: Vec<u32>,
+    /// All tokens, so that any of them can be taken back; none where nothing is hashed.
+    tokens: Vec<u32>,
 }
 
 impl HashedTokens {
@@ -111,7 +111,7 @@ impl HashedTokens {
         frame(b's', keys.salt.as_bytes());
         frame(b'l', keys.lora.as_bytes());
         let seed = BlockHash::cut(hasher.finalize());
-        Self { num_tokens: 0, unit, seed, hashes: Vec::new(), tail: Vec::new() }
+        Self { num_tokens: 0, unit, seed, hashes: Vec::new(), tokens: Vec::new() }
     }
 
     /// Number of tokens.
@@ -130,25 +130,14 @@ impl HashedTokens {
     }
 
     /// Adds tokens.
-    pub fn push(&mut self, mut tokens: &[u32]) {
+    pub fn push(&mut self, tokens: &[u32]) {
         self.num_tokens += tokens.len();
         if self.unit == 0 {
             return;
         }
+        self.tokens.extend_from_slice(tokens);
         let mut last = self.hashes.last().copied().unwrap_or(self.seed);
-        if !self.tail.is_empty() {
-            let (head, rest) = tokens.split_at(tokens.len().min(self.unit - self.tail.len()));
-            self.tail.extend_from_slice(head);
-            tokens = rest;
-            if self.tail.len() < self.unit {
-                return;
-            }
-            last = last.next(&self.tail);
-            self.hashes.push(last);
-            self.tail.clear();
-        }
-        let units = tokens.chunks_exact(self.unit);
-        self.tail.extend_from_slice(units.remainder());
+        let units = self.tokens[self.hashes.len() * self.unit..].chunks_exact(self.unit);
         self.hashes.reserve(units.len());
         for unit in units {
             last = last.next(unit);
@@ -156,13 +145,12 @@ impl HashedTokens {
         }
     }
 
-    /// Cuts back to the first `n` of the given tokens, which are those that were pushed.
-    pub(super) fn truncate(&mut self, tokens: &[u32], n: usize) {
+    /// Takes back all but the first `n` tokens (at most as many as there are).
+    pub(super) fn truncate(&mut self, n: usize) {
         self.num_tokens = n;
         if let Some(units) = n.checked_div(self.unit) {
             self.hashes.truncate(units);
-            self.tail.clear();
-            self.tail.extend_from_slice(&tokens[units * self.unit..n]);
+            self.tokens.truncate(n);
         }
     }
 }

@@ -9,6 +9,7 @@
 mod cases;
 
 mod allocate;
+mod branch;
 mod events;
 mod groups;
 mod hash;
@@ -23,8 +24,9 @@ mod stats;
 mod tiers;
 mod transfer;
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 
+pub use self::branch::{BlockCopy, Cut};
 pub use self::events::{Event, EventKind, Tier};
 pub use self::hash::{BlockHash, HashedTokens};
 pub use self::stats::{Stats, TierStats, TransferStats, Usage};
@@ -38,7 +40,7 @@ use self::hash::CheapMap;
 use self::offload::offer;
 use self::pool::{Block, NULL, Pool};
 use self::retention::Policy;
-use self::sequence::{Row, Sequence};
+use self::sequence::{Inherited, Row, Sequence};
 use self::tiers::device::DeviceTier;
 use self::tiers::slots::SlotTier;
 use self::transfer::Flights;
@@ -212,6 +214,7 @@ pub struct Manager {
     sequences: CheapMap<SeqId, Sequence>,
     generation: u64,
     flights: Flights,
+    copies: VecDeque<BlockCopy>,
     events: Events,
     stats: Stats,
 }
@@ -278,6 +281,7 @@ impl Manager {
             sequences: CheapMap::default(),
             generation: 0,
             flights: Flights::default(),
+            copies: VecDeque::new(),
             events: Events::default(),
             stats: Stats::default(),
             groups,
@@ -388,16 +392,25 @@ impl Manager {
     }
 
     /// Ends a sequence whose step failed: blocks that hold tokens which are not settled are not findable
-    /// any more. Gives the other sequences that hit such blocks: what they computed from them is void, so
-    /// they are to be aborted, too.
+    /// any more. Gives the other sequences that hit such blocks or were
+    /// forked from such tokens: what they computed from them is void, so they are to be aborted, too.
     pub fn abort(&mut self, seq: SeqId) -> Result<Vec<SeqId>> {
         let Some(sequence) = self.sequences.get(&seq) else {
             return Err(Error::new("abort", ErrorKind::UnknownSequence(seq)));
         };
         self.events.seal();
+        // What a forked sequence began with is its parent's work. Its own begins in the block of its first
+        // token, which is not shared: with none of its own, behind the last block it shares.
+        let inherited = sequence.inherited.map_or(0, |inherited| inherited.tokens);
+        let finished = sequence.settled.max(inherited);
+        let begun = sequence.tokens.len() > inherited;
         let mut shared = HashSet::new();
         for (g, (group, row)) in self.groups.iter().zip(&sequence.rows).enumerate() {
-            let unsettled = (sequence.settled / group.block_size).min(row.table.len());
+            let unsettled = match begun {
+                true => finished / group.block_size,
+                false => finished.div_ceil(group.block_size),
+            };
+            let unsettled = unsettled.min(row.table.len());
             for &id in row.table[unsettled..].iter().filter(|&&id| id != NULL) {
                 let block = *self.device.pool.block(id);
                 if block.users > 1 {
@@ -416,17 +429,17 @@ impl Manager {
                 }
             }
         }
-        let depends = |other: &Sequence| {
-            let mut ids = other.rows.iter().flat_map(|row| &row.table);
-            !shared.is_empty() && ids.any(|id| shared.contains(id))
+        // A fork may have copied unsettled tokens into a block of its own.
+        let (generation, settled) = (sequence.generation, sequence.settled);
+        let inherits = |other: &Sequence| {
+            other.inherited.is_some_and(|inherited| {
+                inherited.from == generation && inherited.tokens > settled.max(other.settled)
+            })
         };
-        let mut dependents: Vec<SeqId> = self
-            .sequences
-            .iter()
-            .filter(|&(&id, other)| id != seq && depends(other))
-            .map(|(&id, _)| id)
-            .collect();
+        let mut dependents = self.holders(seq, &shared);
+        dependents.extend(self.sequences.iter().filter(|(_, s)| inherits(s)).map(|(&id, _)| id));
         dependents.sort_unstable();
+        dependents.dedup();
         self.free(seq)?;
         Ok(dependents)
     }

@@ -87,6 +87,13 @@ impl Pool {
         block.users == 0 && block.pins == 0
     }
 
+    /// Whether anything but the one sequence that holds `id` counts on its contents: another sequence, the
+    /// prefix index, or a transfer.
+    pub fn is_shared(&self, id: BlockId) -> bool {
+        let block = self.block(id);
+        block.users > 1 || block.cached || block.pins > 0
+    }
+
     /// Available blocks in the order of their reuse.
     pub fn queue(&self) -> impl Iterator<Item = BlockId> + '_ {
         self.queue.iter().filter(|&id| self.block(id).pins == 0)

@@ -19,6 +19,24 @@ pub(super) struct Row {
     pub stored: Vec<u32>,
 }
 
+impl Row {
+    /// Forgets what is noted of blocks from `b` on: they are considered and offered again.
+    pub fn cut(&mut self, b: usize) {
+        self.considered = self.considered.min(b);
+        self.offered = self.offered.min(b);
+        self.stored.retain(|&stored| (stored as usize) < b);
+    }
+}
+
+/// What a forked sequence began with.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Inherited {
+    /// Generation of the parent.
+    pub from: u64,
+    /// Tokens that the parent had computed.
+    pub tokens: usize,
+}
+
 /// A live sequence.
 pub(super) struct Sequence {
     /// Tokens given so far.
@@ -31,6 +49,8 @@ pub(super) struct Sequence {
     pub boundaries: Boundaries,
     /// Tells it from earlier sequences of the same name.
     pub generation: u64,
+    /// What it began with, if it was forked.
+    pub inherited: Option<Inherited>,
     /// Loads that have not been answered; until then nothing of it is computed.
     pub loading: usize,
     /// Blocks whose load failed, as (group, index).

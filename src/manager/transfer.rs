@@ -196,8 +196,12 @@ impl Flights {
 }
 
 impl Manager {
-    /// The next transfer to start, in order; `None` when there is none.
+    /// The next transfer to start, in order; `None` when there is none, or while there are copies to be taken
+    /// first (see [`Self::next_copy`]).
     pub fn next_transfer(&mut self) -> Option<Transfer> {
+        if !self.copies.is_empty() {
+            return None;
+        }
         let flight = self.flights.flying.get_mut(&self.flights.outbox.pop_front()?)?;
         flight.started = true;
         Some(flight.transfer)

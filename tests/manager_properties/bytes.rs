@@ -27,8 +27,11 @@ fn kv(group: usize, prefix: &[u32]) -> Kv {
 /// A key that some query of a step sees: block, offset and what it should be.
 type Read = (u32, usize, Kv);
 
+#[derive(Clone)]
 struct Sequence {
     tokens: Vec<u32>,
+    /// Tokens whose steps cannot fail any more, settled or not: another sequence's, or known to have ended.
+    finished: usize,
     computed: usize,
     settled: usize,
     ready: bool,
@@ -61,8 +64,16 @@ impl World {
         }
     }
 
+    /// Copies what was emitted, as late as it may be: before the next step or transfer.
+    fn copy(&mut self) {
+        while let Some(copy) = self.m.next_copy() {
+            self.device[copy.to as usize] = self.device[copy.from as usize];
+        }
+    }
+
     /// Starts all emitted transfers: until they succeed their targets hold garbage.
     fn start_transfers(&mut self) {
+        self.copy();
         while let Some(transfer) = self.m.next_transfer() {
             match transfer.path.to() {
                 Place::Host(slot) => self.host[slot as usize] = [None; 4],
@@ -104,6 +115,7 @@ impl World {
         let Ok(given) = given else { return };
         let sequence = Sequence {
             tokens: prompt[..given.num_tokens].to_vec(),
+            finished: 0,
             computed: given.hit_tokens,
             settled: given.hit_tokens,
             ready: given.loads.is_empty(),
@@ -140,6 +152,7 @@ impl World {
 
     /// Submits one step of everything that is ready: all tokens that are not computed yet.
     fn step(&mut self) -> Result<(), TestCaseError> {
+        self.copy();
         let Self { m, config, device, sequences, .. } = self;
         for (&seq, sequence) in sequences {
             if !sequence.ready {
@@ -184,12 +197,55 @@ impl World {
             let Some(sequence) = self.sequences.remove(&seq) else { continue };
             for (g, group) in self.config.groups.iter().enumerate() {
                 let (size, table) = (group.block_size as usize, self.m.table(seq, g).unwrap());
-                for i in sequence.settled..table.len() * size {
+                for i in sequence.settled.max(sequence.finished)..sequence.computed {
                     self.device[table[i / size] as usize][i % size] = None;
                 }
             }
             failed.extend(self.m.abort(seq).unwrap());
         }
+    }
+
+    fn fork(&mut self, parent: u64) {
+        let sequence = &self.sequences[&parent];
+        let shared = match self.m.fork(parent, self.next) {
+            Ok(shared) => shared,
+            Err(_) => {
+                assert!(!sequence.ready || sequence.computed == 0);
+                return;
+            }
+        };
+        assert_eq!(shared, sequence.computed);
+        let mut child = Sequence { steps: VecDeque::new(), finished: shared, ..sequence.clone() };
+        child.tokens.truncate(shared);
+        self.sequences.insert(self.next, child);
+        self.next += 1;
+    }
+
+    /// Cuts a sequence back to its first `n` tokens, once its steps have ended.
+    fn cut(&mut self, seq: u64, n: usize, rollback: bool) -> Result<(), TestCaseError> {
+        let sequence = self.sequences.get_mut(&seq).unwrap();
+        for (_, reads) in sequence.steps.drain(..) {
+            check(&self.device, &reads)?;
+        }
+        sequence.finished = sequence.computed;
+        let given = match rollback {
+            true => self.m.rollback(seq, n),
+            false => self.m.trim(seq, n),
+        };
+        let sequence = self.sequences.get_mut(&seq).unwrap();
+        let Ok(given) = given else {
+            // Nothing that is not settled has been freed.
+            assert!(!sequence.ready || n == 0 || n < sequence.settled);
+            return Ok(());
+        };
+        sequence.tokens.truncate(n);
+        sequence.computed = sequence.computed.min(n);
+        sequence.settled = sequence.settled.min(n);
+        sequence.finished = sequence.finished.min(n);
+        for seq in given.dependents {
+            self.abort(seq);
+        }
+        Ok(())
     }
 
     /// Takes all free blocks for tokens that nobody else has, and gives them back unused.
@@ -271,6 +327,15 @@ enum Op {
     CompleteAll {
         failures: u8,
     },
+    Fork {
+        at: usize,
+    },
+    /// Keeps that part of 8 of the tokens, less one.
+    Cut {
+        at: usize,
+        part: usize,
+        rollback: bool,
+    },
     Free {
         at: usize,
     },
@@ -303,6 +368,9 @@ fn op() -> impl Strategy<Value = Op> {
         6 => (0usize..64, prop::bool::weighted(0.2))
             .prop_map(|(at, fails)| Op::Complete { at, fails }),
         2 => failures.clone().prop_map(|failures| Op::CompleteAll { failures }),
+        4 => (0usize..8).prop_map(|at| Op::Fork { at }),
+        4 => (0usize..8, 0usize..9, any::<bool>())
+            .prop_map(|(at, part, rollback)| Op::Cut { at, part, rollback }),
         4 => (0usize..8).prop_map(|at| Op::Free { at }),
         1 => (0usize..8).prop_map(|at| Op::Abort { at }),
         8 => Just(Op::Flood),
@@ -363,6 +431,17 @@ proptest! {
                     }
                 }
                 Op::CompleteAll { failures } => world.complete_all(failures),
+                Op::Fork { at } => {
+                    if let Some(seq) = seq(at) {
+                        world.fork(seq);
+                    }
+                }
+                Op::Cut { at, part, rollback } => {
+                    if let Some(seq) = seq(at) {
+                        let tokens = world.sequences[&seq].tokens.len();
+                        world.cut(seq, (tokens * part / 8).saturating_sub(1), rollback)?;
+                    }
+                }
                 Op::Free { at } => {
                     if let Some(seq) = seq(at) {
                         let sequence = &world.sequences[&seq];

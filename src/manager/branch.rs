@@ -1,0 +1,204 @@
+//! Sequences that share a start: fork, copy-on-write of a shared tail block, and cutting a sequence back.
+//!
+//! A block that another sequence holds, that the prefix index names or that a transfer reads is never
+//! written: [`Manager::append`] first moves the sequence's partly filled tail onto a block of its own, and
+//! emits the [`BlockCopy`] that fills it. All other blocks that a sequence writes are its own from the start.
+
+use std::collections::HashSet;
+
+use super::events::{EventKind, Tier};
+use super::pool::NULL;
+use super::*;
+
+/// One block to copy inside the device pool. The copies are to be executed in the order they are given,
+/// on the compute stream, before anything that is submitted after they were taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BlockCopy {
+    /// Layer group of both blocks.
+    pub group: u32,
+    /// Source.
+    pub from: BlockId,
+    /// Target.
+    pub to: BlockId,
+}
+
+/// What cutting a sequence back gave.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Cut {
+    /// Per group, blocks that left the table, the later first.
+    pub freed: Vec<Vec<BlockId>>,
+    /// Other sequences that hit blocks of tokens that will now never be computed: they are to be aborted.
+    pub dependents: Vec<SeqId>,
+}
+
+/// What becomes of the cached blocks of tokens that are cut off.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cached {
+    /// What was computed stays findable.
+    Stays,
+    /// They were never there.
+    Goes,
+}
+
+impl Manager {
+    /// Begins sequence `child` with the computed tokens of `parent` and shares all their blocks; gives their
+    /// number. Tokens that the parent has yet to compute stay the parent's own. It takes no block: whoever
+    /// goes on first gets a copy of the partly filled tail block (see [`Self::next_copy`]). Until a
+    /// sequence's next [`Self::append`] no slot beyond its tokens may be written.
+    ///
+    /// # Errors
+    /// `UnknownSequence` for the parent, `DuplicateSequence` for the child, `InvalidArgument` for a parent
+    /// that waits for loads or has computed nothing; nothing is changed.
+    pub fn fork(&mut self, parent: SeqId, child: SeqId) -> Result<usize> {
+        const OP: &str = "fork";
+        let Some(of) = self.sequences.get(&parent) else {
+            return Err(Error::new(OP, ErrorKind::UnknownSequence(parent)));
+        };
+        self.check_name(OP, child)?;
+        check_loaded(OP, parent, of)?;
+        let shared = of.computed;
+        if shared == 0 {
+            return Err(Error::invalid(OP, format!("sequence {parent} has computed nothing yet")));
+        }
+        let mut rows = of.rows.clone();
+        for (group, row) in self.groups.iter().zip(&mut rows) {
+            row.table.truncate(shared.div_ceil(group.block_size));
+            row.cut(shared / group.block_size);
+            for &id in row.table.iter().filter(|&&id| id != NULL) {
+                self.device.pool.touch(id);
+            }
+        }
+        let mut tokens = of.tokens.clone();
+        tokens.truncate(shared);
+        self.generation += 1;
+        let sequence = Sequence {
+            tokens,
+            rows,
+            computed: shared,
+            settled: of.settled,
+            boundaries: of.boundaries,
+            generation: self.generation,
+            inherited: Some(Inherited { from: of.generation, tokens: shared }),
+            loading: 0,
+            lost: Vec::new(),
+            repaired: false,
+        };
+        self.sequences.insert(child, sequence);
+        Ok(shared)
+    }
+
+    /// The next block to copy, in order; `None` when there is none. Copies are to be taken and executed
+    /// before the next step and before the next transfer: no transfer is given out while there are any.
+    pub fn next_copy(&mut self) -> Option<BlockCopy> {
+        self.copies.pop_front()
+    }
+
+    /// Cuts a sequence back to its first `tokens` tokens. What it had computed of the others, by steps that
+    /// must have ended well, stays findable as long as its blocks are not reused.
+    ///
+    /// # Errors
+    /// `UnknownSequence`; `InvalidArgument` for no tokens, more than there are, or a sequence that waits for
+    /// loads; `OutOfWindow` when a windowed group has freed what the cut sequence would see; nothing is
+    /// changed.
+    pub fn trim(&mut self, seq: SeqId, tokens: usize) -> Result<Cut> {
+        self.cut("trim", seq, tokens, Cached::Stays)
+    }
+
+    /// Takes back all but the first `tokens` tokens, as if the others (drafts that were rejected) had never
+    /// been given: their blocks are not findable any more and are reused first. Drafts are to be rolled back
+    /// before they count as settled: what windowed groups free then they do not get back.
+    ///
+    /// # Errors
+    /// Those of [`Self::trim`].
+    pub fn rollback(&mut self, seq: SeqId, tokens: usize) -> Result<Cut> {
+        self.cut("rollback", seq, tokens, Cached::Goes)
+    }
+
+    fn cut(&mut self, op: &'static str, seq: SeqId, tokens: usize, cached: Cached) -> Result<Cut> {
+        let Some(sequence) = self.sequences.get_mut(&seq) else {
+            return Err(Error::new(op, ErrorKind::UnknownSequence(seq)));
+        };
+        check_loaded(op, seq, sequence)?;
+        let len = sequence.tokens.len();
+        if tokens == 0 || tokens > len {
+            return Err(Error::invalid(
+                op,
+                format!("{tokens} of the {len} tokens of sequence {seq}; wanted are 1 to {len}"),
+            ));
+        }
+        for (g, (group, row)) in self.groups.iter().zip(&sequence.rows).enumerate() {
+            let mut needed = group.first_needed(tokens)..tokens.div_ceil(group.block_size);
+            if needed.any(|b| row.table[b] == NULL) {
+                return Err(Error::new(op, ErrorKind::OutOfWindow { seq, tokens, group: g }));
+            }
+        }
+
+        self.events.seal();
+        let mut freed = vec![Vec::new(); self.groups.len()];
+        let mut void = HashSet::new();
+        for (g, (group, row)) in self.groups.iter().zip(&mut sequence.rows).enumerate() {
+            let (whole, kept) = (tokens / group.block_size, tokens.div_ceil(group.block_size));
+            for b in whole..row.table.len() {
+                let id = row.table[b];
+                let block = *self.device.pool.block(id);
+                if id == NULL || !block.cached {
+                    continue;
+                }
+                let computed = (b + 1) * group.block_size <= sequence.computed;
+                if !computed && block.users > 1 {
+                    void.insert(id);
+                }
+                // A block that others hold is theirs as well: it stays what it is.
+                if !computed || cached == Cached::Goes && block.users == 1 {
+                    self.device.remove(id);
+                    let kind = EventKind::Removed;
+                    self.events.push(kind, g as u32, Tier::Device, block.index, block.hash);
+                    if let Some(host) = &mut self.host {
+                        host.discard_hash(g, &block.hash, &mut self.events);
+                    }
+                }
+            }
+            for id in row.table.drain(kept.min(row.table.len())..).rev().filter(|&id| id != NULL) {
+                freed[g].push(id);
+            }
+            self.device.pool.release(freed[g].iter().copied());
+            row.first_live = row.first_live.min(group.first_needed(tokens));
+            row.cut(whole);
+        }
+        sequence.tokens.truncate(tokens);
+        sequence.computed = sequence.computed.min(tokens);
+        sequence.settled = sequence.settled.min(tokens);
+        sequence.repaired &= sequence.computed < tokens;
+        if let Some(inherited) = &mut sequence.inherited {
+            inherited.tokens = inherited.tokens.min(tokens);
+        }
+        let dependents = self.holders(seq, &void);
+        Ok(Cut { freed, dependents })
+    }
+
+    /// The other sequences that hold one of these blocks, ascending.
+    pub(super) fn holders(&self, seq: SeqId, blocks: &HashSet<BlockId>) -> Vec<SeqId> {
+        if blocks.is_empty() {
+            return Vec::new();
+        }
+        let holds = |other: &Sequence| {
+            other.rows.iter().flat_map(|row| &row.table).any(|id| blocks.contains(id))
+        };
+        let mut holders: Vec<SeqId> = self
+            .sequences
+            .iter()
+            .filter(|&(&id, other)| id != seq && holds(other))
+            .map(|(&id, _)| id)
+            .collect();
+        holders.sort_unstable();
+        holders
+    }
+}
+
+/// The partly filled tail block of a sequence in a group when it may not be written, as its index: a copy of
+/// it has to be.
+pub(super) fn shared_tail(group: &Group, pool: &Pool, row: &Row, tokens: usize) -> Option<usize> {
+    let b = tokens / group.block_size;
+    let id = *row.table.get(b).filter(|_| !tokens.is_multiple_of(group.block_size))?;
+    pool.is_shared(id).then_some(b)
+}
