@@ -9,15 +9,13 @@ use crate::manager::{Direction, Outcome, TransferId};
 pub enum FaultKind {
     /// The target is overwritten with 0xFF (NaN) and the transfer reported as failed.
     Fail,
-    /// Only the first half is copied, and the transfer reported as failed.
-    Short,
     /// Nothing is copied, and the transfer reported as succeeded.
     Skip,
     /// The first 16 bytes of the target are overwritten, and the transfer reported as succeeded. Of a
     /// transfer to or from storage: a byte of the stored block is changed after the write, before the read.
     Corrupt,
-    /// The stored block loses its end after the write, before the read. Transfers to and from storage only;
-    /// others fail.
+    /// Only the first half is copied, and the transfer reported as failed. Of a transfer to or from storage:
+    /// the stored block loses its end after the write, before the read.
     Short,
     /// The end is reported that many polls late.
     Delay {

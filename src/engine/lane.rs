@@ -130,7 +130,7 @@ impl Lane {
                 Some(FaultKind::Skip) => continue,
                 // SAFETY: `dst` is a whole block or slot of the engine, which the manager reserves for
                 // this transfer until it is reported as ended.
-                Some(FaultKind::Fail | FaultKind::Short) => unsafe {
+                Some(FaultKind::Fail) => unsafe {
                     stream.fill(dst, 0xFF, bytes as usize)?;
                     continue;
                 },
