@@ -8,7 +8,7 @@ use std::sync::Arc;
 use hybridkv::device::{Device, StreamRef};
 use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind, HostSize};
 use hybridkv::error::ErrorKind;
-use hybridkv::manager::{BlockHash, Direction, Outcome, Path, Transfer};
+use hybridkv::manager::{BlockCopy, BlockHash, Direction, Outcome, Path, Transfer};
 use hybridkv::ops::Kernels;
 
 const BLOCK: usize = 4096 + 128;
@@ -308,4 +308,30 @@ fn bad_transfers_and_sizes_are_refused_and_change_nothing() {
     let config = EngineConfig::sized(BLOCK, 1 << 20, HostSize::Bytes(8192 * 7 + 1)).unwrap();
     assert_eq!(config.num_slots, 7);
     assert_eq!(config.host_bytes(), 7 * 8192);
+}
+
+/// Copies run in their order, behind the step before them and before whatever follows, chains included.
+#[test]
+fn copies_between_blocks_keep_their_order() {
+    let copy = |from, to| BlockCopy { group: 0, from, to };
+    for seed in 0..8 {
+        let device = Device::cpu_deferred(seed);
+        let compute = device.stream().unwrap();
+        let mut engine = engine(&device, CONFIG);
+        for round in 1..10u8 {
+            write(&engine, 1, round, compute.as_ref());
+            // A fork of a fork, and a block that is used again at once.
+            let copies = [copy(1, 2), copy(2, 3), copy(1, 4), copy(4, 1), copy(3, 4)];
+            engine.copy_blocks(&copies, compute.as_ref()).unwrap();
+            write(&engine, 2, 100 + round, compute.as_ref());
+            engine.submit(&[offload(u64::from(round), 4, 5)], compute.as_ref()).unwrap();
+            wait(&mut engine);
+            assert!(holds(&engine.slot(5).unwrap()[..BLOCK], round));
+            for (block, byte) in [(1, round), (2, 100 + round), (3, round)] {
+                assert!(holds(&read(&engine, block, compute.as_ref()), byte), "block {block}");
+            }
+        }
+        let err = engine.copy_blocks(&[copy(1, 2), copy(1, 9)], compute.as_ref()).unwrap_err();
+        assert!(matches!(err.kind(), ErrorKind::InvalidArgument(_)), "{err}");
+    }
 }

@@ -11,6 +11,7 @@
 //! A transfer has ended once the event behind its batch is complete; [`Engine::poll`] says so and how it
 //! ended. [`BatchTables`] turns the block tables of a batch into the device arrays that kernels read.
 
+mod copies;
 mod fault;
 mod lane;
 mod storage;
@@ -26,9 +27,10 @@ use std::sync::Arc;
 use crate::device::{DeviceBuffer, Event, PinnedBuffer, Span, StreamRef};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::KvView;
-use crate::manager::{Direction, HostSlot, Outcome, Path, Place, Transfer, TransferId};
+use crate::manager::{BlockCopy, Direction, HostSlot, Outcome, Path, Place, Transfer, TransferId};
 use crate::ops::Kernels;
 use crate::spec::{GroupPlan, LayerGroup};
+use copies::Copies;
 use fault::Faults;
 use lane::{Lane, Move};
 use storage::{Start, Storage};
@@ -133,6 +135,7 @@ pub struct Engine {
     storage: Option<Storage>,
     offload: Lane,
     onboard: Lane,
+    copies: Copies,
     /// Recorded on the compute stream at every submission.
     fence: Event,
     faults: Faults,
@@ -163,6 +166,7 @@ impl Engine {
             storage: None,
             offload: Lane::new(device)?,
             onboard: Lane::new(device)?,
+            copies: Copies::new(device)?,
             fence: device.event()?,
             faults: Faults::default(),
             ended: Vec::new(),
@@ -225,6 +229,20 @@ impl Engine {
     /// The views of all groups of a plan.
     pub fn kv_views(&self, plan: &GroupPlan) -> Result<Vec<KvView>> {
         plan.groups.iter().map(|group| self.kv_view(group)).collect()
+    }
+
+    /// Copies blocks inside the pool on `compute`, in the order given: behind everything submitted to it so
+    /// far, before everything submitted later. All the copies of a manager come before its next transfers.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a block out of range: nothing was started.
+    pub fn copy_blocks(&mut self, copies: &[BlockCopy], compute: StreamRef<'_>) -> Result<()> {
+        for copy in copies {
+            self.block(copy.from)?;
+            self.block(copy.to)?;
+        }
+        let bytes = self.config.block_bytes as u64;
+        self.copies.start(&self.kernels, copies, self.pool.span(), bytes, compute)
     }
 
     /// Starts transfers, in order per direction, behind all work submitted to `compute` so far (R2, R3).
@@ -396,5 +414,6 @@ impl Drop for Engine {
         // The arena and the descriptors must outlive the copies. An error leaves nothing to do but free.
         let _ = self.offload.drain(&mut self.ended);
         let _ = self.onboard.drain(&mut self.ended);
+        let _ = self.copies.drain();
     }
 }
