@@ -1,8 +1,8 @@
 //! The safety rules that are the manager's to keep, each with the history that breaks without it.
 
 use hybridkv::manager::{
-    Completion, Direction, ExtraKeys, GroupConfig, HostConfig, Manager, ManagerConfig, Outcome,
-    Retention, Tier, Transfer,
+    BlockHash, Completion, Direction, EventKind, ExtraKeys, GroupConfig, HashedTokens, HostConfig,
+    Manager, ManagerConfig, Outcome, Retention, Tier, Transfer,
 };
 use hybridkv::spec::AttentionKind;
 use hybridkv::{ErrorKind, Result};
@@ -356,6 +356,58 @@ fn r7_a_sequence_larger_than_the_host_tier_keeps_its_start_there() {
     m.allocate(2, &tokens(1000, 512), KEYS, 0).unwrap();
     let hit = m.lookup(&[&prompt[..], &[0]].concat(), KEYS);
     assert_eq!((hit.device_tokens, hit.tokens), (0, 80));
+}
+
+#[test]
+fn a_router_that_follows_the_events_knows_every_hit() {
+    use std::collections::HashMap;
+    let mut m = manager(&[FULL], 12, 16);
+    m.record_events(true);
+    let (identity, unit) = (m.config().identity, m.hash_unit());
+    let prompt =
+        |family: u32, blocks: u32| [tokens(0, 32), tokens(100 * family, 16 * blocks)].concat();
+    let mut copies: HashMap<(Tier, BlockHash), i32> = HashMap::new();
+    let (mut hits, mut lower) = (0, 0);
+    for round in 0..200u32 {
+        let asked = prompt(1 + round * 7 % 5, 1 + round * 11 % 6);
+        let asked = [&asked[..], &[9]].concat();
+        // The router's own work: no manager, only what events said.
+        let mut hashed = HashedTokens::new(&identity, unit, KEYS);
+        hashed.push(&asked);
+        let held = |tiers: &[Tier]| {
+            let of =
+                |hash| tiers.iter().any(|&tier| copies.get(&(tier, hash)).is_some_and(|&n| n > 0));
+            unit * hashed.hashes().iter().take_while(|&&hash| of(hash)).count()
+        };
+        let hit = m.lookup(&asked, KEYS);
+        assert_eq!(hit.device_tokens, held(&[Tier::Device]));
+        assert_eq!(hit.tokens, held(&[Tier::Device, Tier::Host]));
+        hits += usize::from(hit.tokens > 0);
+        lower += usize::from(hit.tokens > hit.device_tokens);
+        m.allocate(1, &asked, KEYS, 0).unwrap();
+        complete_all(&mut m, Outcome::Succeeded);
+        m.advance(1, asked.len(), asked.len()).unwrap();
+        complete_all(&mut m, Outcome::Succeeded);
+        m.free(1).unwrap();
+        if round % 50 == 49 {
+            assert!(m.reset_prefix_cache());
+        }
+        for event in m.events() {
+            let change = match event.kind {
+                EventKind::Stored => 1,
+                EventKind::Removed => -1,
+                EventKind::Cleared => {
+                    copies.retain(|&(tier, _), _| tier != event.tier);
+                    0
+                }
+            };
+            for hash in event.hashes {
+                *copies.entry((event.tier, hash)).or_default() += change;
+            }
+        }
+        assert!(copies.values().all(|&n| n >= 0), "removed more often than stored");
+    }
+    assert!(hits > 100 && lower > 20, "{hits} {lower}");
 }
 
 #[test]

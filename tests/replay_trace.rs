@@ -2,6 +2,7 @@
 //! as vLLM 0.33's `KVCacheManager` gave for the same tokens, groups and pools. Skipped where the trace is not.
 #![cfg(feature = "cli")]
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -17,17 +18,96 @@ fn trace() -> Option<PathBuf> {
     Some(path)
 }
 
-/// The figures of the first `limit` requests.
-fn replay(trace: &Path, limit: usize, args: &[&str]) -> Value {
+/// What `hybridkv replay` prints of a trace.
+fn print(trace: &Path, args: &[&str]) -> String {
     let binary = std::env::var_os("HYBRIDKV_BIN");
     let output = Command::new(binary.unwrap_or_else(|| env!("CARGO_BIN_EXE_hybridkv").into()))
-        .args(["replay", "--json", "--limit", &limit.to_string(), "--trace"])
+        .args(["replay", "--trace"])
         .arg(trace)
         .args(args)
         .output()
         .expect("the binary runs");
     assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_slice(&output.stdout).expect("valid JSON")
+    String::from_utf8(output.stdout).expect("text")
+}
+
+/// The figures of the first `limit` requests.
+fn replay(trace: &Path, limit: usize, args: &[&str]) -> Value {
+    let limit = limit.to_string();
+    let text = print(trace, &[&["--json", "--limit", &limit], args].concat());
+    serde_json::from_str(&text).expect("valid JSON")
+}
+
+/// A trace of two requests, of which the second one begins with the first one's prompt.
+struct Small(PathBuf);
+
+impl Small {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("hybridkv-{}-{name}", std::process::id()));
+        let request = |length: usize, ids: &[u32]| serde_json::json!({ "input_length": length, "output_length": 9, "hash_ids": ids });
+        let text = format!("{}\n{}\n", request(512, &[7]), request(1000, &[7, 8]));
+        std::fs::write(&path, text).expect("a temporary file");
+        Self(path)
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+#[test]
+fn figures_of_a_small_trace() {
+    let trace = Small::new("figures");
+    let args = ["--groups", "full,sliding:64", "--host-ratio", "1"];
+    let figures = replay(&trace.0, 9, &args);
+    assert_eq!((&figures["requests"], &figures["prompt_tokens"]), (&2.into(), &1512.into()));
+    assert_eq!(figures["tiers"]["device"]["hit_tokens"], 512);
+    let groups = figures["tiers"]["device"]["groups"].as_array().unwrap();
+    assert_eq!((&groups[0]["kind"], &groups[0]["hit_blocks"]), (&"full".into(), &32.into()));
+    assert_eq!(groups[1]["hit_blocks"], 4);
+    // Every computed block of both groups is written through once.
+    assert_eq!(
+        figures["offloaded"]["blocks"],
+        figures["tiers"]["host"]["groups"][0]["stored_blocks"].as_u64().unwrap()
+            + figures["tiers"]["host"]["groups"][1]["stored_blocks"].as_u64().unwrap()
+    );
+    assert!(print(&trace.0, &args).contains("2 requests, 1512 prompt tokens, 512 hit (33.86 %)"));
+}
+
+#[test]
+fn statistics_are_prometheus_text() {
+    let trace = Small::new("prometheus");
+    let args = ["--groups", "full,sliding:64", "--host-ratio", "1", "--prometheus"];
+    let text = print(&trace.0, &args);
+    let mut declared = HashSet::new();
+    for line in text.lines() {
+        match line.strip_prefix("# ") {
+            Some(comment) => {
+                let mut words = comment.split(' ');
+                assert!(["HELP", "TYPE"].contains(&words.next().unwrap()), "{line}");
+                declared.insert(words.next().unwrap());
+            }
+            None => {
+                let (name, value) = line.rsplit_once(' ').unwrap();
+                value.parse::<u64>().unwrap_or_else(|_| panic!("{line}"));
+                let (name, labels) = name.split_once('{').unwrap_or((name, "}"));
+                assert!(declared.contains(name) && labels.ends_with('}'), "{line}");
+            }
+        }
+    }
+    for sample in [
+        "hybridkv_allocations_total 2",
+        "hybridkv_hit_tokens_total 512",
+        "hybridkv_hit_blocks_total{tier=\"device\",group=\"1\",kind=\"sliding 64\"} 4",
+        "hybridkv_transfers_failed_total{direction=\"offload\"} 0",
+        "hybridkv_capacity_blocks{tier=\"device\"} 65536",
+        "hybridkv_pinned_blocks{tier=\"host\"} 0",
+        "hybridkv_sequences 0",
+    ] {
+        assert!(text.lines().any(|line| line == sample), "{sample} is missing in\n{text}");
+    }
 }
 
 #[test]

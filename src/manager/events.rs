@@ -1,4 +1,8 @@
 //! What became findable and what ceased to be, per group and tier, for routers and tests.
+//!
+//! A router that knows the identity, the hash unit and the groups of a manager needs neither tokens nor parents
+//! of a block: hashes are chained, so that the hash of a prompt's prefix, which it computes itself
+//! ([`HashedTokens`](super::HashedTokens)), stands for all tokens and extra keys before it.
 
 use serde::Serialize;
 
@@ -28,7 +32,8 @@ pub enum EventKind {
     Cleared,
 }
 
-/// One change of what a tier can serve.
+/// One change of what a tier can serve. Of several copies of a block in one tier each is stored, and each is
+/// removed: it can be served while more were stored than removed since the tier was cleared.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Event {
     /// What happened.

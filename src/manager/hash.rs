@@ -97,8 +97,11 @@ pub struct HashedTokens {
 }
 
 impl HashedTokens {
-    /// No tokens yet, under an identity and extra keys.
-    pub(super) fn new(identity: &[u8; 32], unit: usize, keys: ExtraKeys<'_>) -> Self {
+    /// No tokens yet, under an identity and extra keys, in units of [`Manager::hash_unit`] tokens: for those
+    /// who follow a manager's events from afar, and hash prompts as it does. A unit of 0 hashes nothing.
+    ///
+    /// [`Manager::hash_unit`]: super::Manager::hash_unit
+    pub fn new(identity: &[u8; 32], unit: usize, keys: ExtraKeys<'_>) -> Self {
         let mut hasher = blake3::Hasher::new_keyed(identity);
         // Every frame is a tag, a length and that many bytes: no two different lists of keys can give
         // the same bytes.

@@ -30,6 +30,11 @@ impl Manager {
         self.groups.iter().map(|group| group.max_blocks(tokens, in_flight)).sum()
     }
 
+    /// Tokens per hashed unit: the greatest common divisor of the block sizes; 0 without prefix caching.
+    pub fn hash_unit(&self) -> usize {
+        self.hash_block
+    }
+
     /// Keys of a sequence's blocks of a group in every tier, in order: of the blocks that its tokens fill.
     /// None without prefix caching, or for a group that does not exist.
     pub fn block_hashes(

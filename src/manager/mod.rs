@@ -17,6 +17,7 @@ mod inspect;
 mod offload;
 mod pool;
 mod prefix;
+mod prometheus;
 mod queue;
 mod retention;
 mod sequence;

@@ -63,6 +63,9 @@ pub struct Args {
     /// Print the figures as JSON.
     #[arg(long)]
     json: bool,
+    /// Print the manager's statistics as Prometheus text instead.
+    #[arg(long, requires = "trace", conflicts_with = "json")]
+    prometheus: bool,
 }
 
 /// Runs the subcommand.
@@ -72,10 +75,13 @@ pub fn main(args: &Args) -> Result<ExitCode> {
     };
     let trace = Trace::read(trace, args.limit.unwrap_or(usize::MAX), 1)?;
     let config = trace_config(args, &trace)?;
-    let figures = requests::replay(&trace, &config)?;
-    match args.json {
-        true => println!("{:#}", figures.json()),
-        false => print!("{}", figures.table()),
+    let (manager, figures) = requests::replay(&trace, &config)?;
+    if args.prometheus {
+        print!("{}", manager.prometheus());
+    } else if args.json {
+        println!("{:#}", figures.json());
+    } else {
+        print!("{}", figures.table());
     }
     Ok(ExitCode::SUCCESS)
 }

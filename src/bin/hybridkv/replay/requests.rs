@@ -14,11 +14,11 @@ use crate::trace::{Trace, output_token};
 
 const KEYS: ExtraKeys<'static> = ExtraKeys { salt: "", lora: "" };
 
-/// Replays a trace.
+/// Replays a trace; gives the manager as it is afterwards, and the figures.
 ///
 /// # Errors
 /// Those of the manager: a pool too small for the longest request.
-pub fn replay(trace: &Trace, config: &Config) -> Result<Figures> {
+pub fn replay(trace: &Trace, config: &Config) -> Result<(Manager, Figures)> {
     let mut manager = Manager::new(config.manager()?)?;
     let mut times = Times::with_capacity(trace.len());
     let (mut prompt, mut output) = (Vec::new(), Vec::new());
@@ -29,7 +29,8 @@ pub fn replay(trace: &Trace, config: &Config) -> Result<Figures> {
         output.extend((0..trace.output_len(request)).map(|j| output_token(request, j)));
         serve(&mut manager, request as SeqId, &prompt, &output, &mut times)?;
     }
-    Ok(Figures::new(&manager, config, times, start.elapsed()))
+    let figures = Figures::new(&manager, config, times, start.elapsed());
+    Ok((manager, figures))
 }
 
 fn serve(
