@@ -77,6 +77,47 @@ fn figures_of_a_small_trace() {
 }
 
 #[test]
+fn the_benchmark_of_the_manager_reports_every_case() {
+    let trace = Small::new("bench");
+    let report = trace.0.with_extension("json");
+    let binary = std::env::var_os("HYBRIDKV_BIN");
+    let status = Command::new(binary.unwrap_or_else(|| env!("CARGO_BIN_EXE_hybridkv").into()))
+        .args(["bench", "manager", "--trace"])
+        .arg(&trace.0)
+        .arg("--json")
+        .arg(&report)
+        .status()
+        .expect("the binary runs");
+    assert!(status.success());
+    let text = std::fs::read_to_string(&report).unwrap();
+    std::fs::remove_file(&report).unwrap();
+    let report: Value = serde_json::from_str(&text).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    let names: Vec<&str> = rows.iter().map(|row| row["case"].as_str().unwrap()).collect();
+    let expected = [
+        "lookup/8192",
+        "lookup-hash/8192",
+        "step/256",
+        "step/256/scout",
+        "hits/full/1M",
+        "trace/conversation",
+        "hits/full/4M",
+        "hits/sw1024/1M",
+        "hits/sw1024/4M",
+        "hits/scout/1M",
+        "hits/scout/4M",
+        "trace/conversation/scout",
+    ];
+    assert_eq!(names, expected);
+    for row in rows {
+        let hits = row["case"].as_str().unwrap().starts_with("hits/");
+        let ours = row["ours"].as_f64().unwrap();
+        // The sparse windows keep the tail of the first prompt's replay boundary, a block before its end.
+        assert!(if hits { (496.0..=512.0).contains(&ours) } else { ours > 0.0 }, "{row}");
+    }
+}
+
+#[test]
 fn statistics_are_prometheus_text() {
     let trace = Small::new("prometheus");
     let args = ["--groups", "full,sliding:64", "--host-ratio", "1", "--prometheus"];

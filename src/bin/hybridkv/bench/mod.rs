@@ -3,6 +3,7 @@
 //! of CUDA graph replays.
 
 mod attention;
+mod manager;
 mod suites;
 mod timing;
 mod workload;
@@ -35,6 +36,9 @@ pub struct Args {
     /// Seconds of timing per case.
     #[arg(long, default_value_t = 0.25)]
     seconds: f64,
+    /// A Mooncake trace (JSONL) for the manager [default: its cases without one].
+    #[arg(long)]
+    trace: Option<String>,
     /// Write the reports to this file, or with several suites to `<suite>.json` in this folder.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -51,23 +55,27 @@ enum Suite {
     Movement,
     /// The machine's own limits alone.
     Limits,
+    /// The manager, on one thread of the processor.
+    Manager,
 }
 
 /// Runs the suites. Exits with 1 when a case is below its floor.
 pub fn main(args: &Args) -> Result<ExitCode> {
-    let device = open_device(&args.device)?;
+    let on_device = args.suites.iter().any(|&suite| suite != Suite::Manager);
+    let device = if on_device { open_device(&args.device)? } else { Device::cpu() };
     let kernels = Kernels::load(&device)?;
     let mut failures = 0;
     for &suite in &args.suites {
+        let of = if suite == Suite::Manager { &Device::cpu() } else { &device };
         let mut bench = Bench {
-            report: Report::new(&suite_name(suite), &device),
+            report: Report::new(&suite_name(suite), of),
             kernels: &kernels,
             device: &device,
             seconds: if device.is_cuda() { args.seconds } else { args.seconds.min(0.02) },
             rng: Rng::new(1),
             clocks: Clocks::new(&device),
         };
-        bench.run(suite)?;
+        bench.run(suite, args.trace.as_deref())?;
         failures += bench.report.failures();
         if let Some(path) = &args.json {
             let path = match args.suites.len() {
@@ -95,9 +103,9 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn run(&mut self, suite: Suite) -> Result<()> {
+    fn run(&mut self, suite: Suite, trace: Option<&str>) -> Result<()> {
         println!("{}: {} (commit {})", self.report.suite, self.report.device, self.report.commit);
-        if !self.device.is_cuda() {
+        if suite != Suite::Manager && !self.device.is_cuda() {
             println!(
                 "No GPU: tiny cases on the CPU device, which tests the benchmark and measures nothing."
             );
@@ -115,6 +123,10 @@ impl Bench<'_> {
                 self.attention(PREFILL)?;
             }
             Suite::Movement => self.movement()?,
+            Suite::Manager => {
+                header();
+                manager::measure(trace, |row, timing| self.add(row, timing))?;
+            }
             Suite::Limits => {
                 self.memory_limits()?;
                 let arenas = self.arenas()?;

@@ -113,6 +113,27 @@ impl Config {
         Ok(config)
     }
 
+    /// The crate's defaults over groups as the command line writes them.
+    ///
+    /// # Errors
+    /// `Unsupported` for other groups.
+    pub fn of_crate(
+        groups: &str,
+        block_size: u32,
+        pool_tokens: u32,
+        max_model_len: usize,
+    ) -> Result<Self> {
+        let mut fields = crate_defaults();
+        let sizes = json!({
+            "block_size": block_size,
+            "num_blocks": pool_tokens / block_size + 1,
+            "groups": parse_groups(groups)?,
+            "max_model_len": max_model_len,
+        });
+        merge(&mut fields, sizes);
+        Self::new(fields)
+    }
+
     /// What the manager is built from.
     ///
     /// # Errors

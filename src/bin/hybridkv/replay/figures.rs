@@ -113,6 +113,11 @@ impl Figures {
         }
     }
 
+    /// Seconds of the manager's work, hashing included.
+    pub fn manager_seconds(&self) -> f64 {
+        self.manager_seconds
+    }
+
     fn tiers(&self) -> Vec<(&'static str, u64, &[TierStats])> {
         let Stats { hit_tokens, device_hit_tokens, device, host, .. } = &self.stats;
         let mut tiers = vec![("device", *device_hit_tokens, device.as_slice())];

@@ -17,7 +17,9 @@ use serde_json::{Value, json};
 
 use crate::trace::Trace;
 use crate::values::{load_model, parse_count};
-use config::{Config, merge, parse_groups};
+pub use config::Config;
+use config::{merge, parse_groups};
+pub use requests::replay as requests;
 
 const OP: &str = "replay";
 
