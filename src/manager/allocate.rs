@@ -1,8 +1,8 @@
 //! Lookup, allocation and growth of sequences: what is found is pinned, what is missing is taken, and what
 //! the tokens fill becomes findable.
 
-use super::branch::shared_tail;
 use super::groups::align_down;
+use super::grow::{Goal, Grower, grow, lacking};
 use super::pool::NULL;
 use super::prefix::{Found, Search};
 use super::sequence::Row;
@@ -131,10 +131,13 @@ impl Manager {
         let max_model_len = self.config.max_model_len as usize;
         let slots = num_tokens.saturating_add(lookahead).min(max_model_len);
 
+        let boundaries = self.policy.boundaries(prompt, junction);
+        let caching = self.config.prefix_caching;
+        let goal = Goal { boundaries: &boundaries, tokens: num_tokens, slots, caching };
         let (mut fresh, mut held, mut unused) = (0, 0, 0);
         let mut sources = Vec::new();
         for (g, (group, row)) in self.groups.iter().zip(&rows).enumerate() {
-            fresh += slots.div_ceil(group.block_size) - row.len();
+            fresh += lacking(group, &self.policy, &self.device.pool, row, hit, goal);
             for b in group.needed(hit) {
                 let id = row[b];
                 if id == NULL {
@@ -197,15 +200,16 @@ impl Manager {
             computed: hit,
             settled: hit,
             rows: tables,
-            boundaries: self.policy.boundaries(prompt, junction),
+            boundaries,
             generation,
             inherited: None,
             loading: loads.len(),
             lost: Vec::new(),
             repaired: false,
         };
-        let Self { groups, policy, device, events, .. } = self;
-        grow(groups, device, events, &mut sequence, slots, |g, id| new_blocks[g].push(id));
+        let Self { groups, policy, device, copies, events, .. } = self;
+        let grower = Grower { groups, policy, device, copies, events };
+        grow(grower, &mut sequence.rows, hit, goal, |g, id| new_blocks[g].push(id));
         cache(groups, policy, device, events, &mut sequence);
         self.sequences.insert(seq, sequence);
 
@@ -238,10 +242,10 @@ impl Manager {
         &mut self,
         seq: SeqId,
         tokens: &[u32],
-        mut new_block: impl FnMut(usize, BlockId),
+        new_block: impl FnMut(usize, BlockId),
     ) -> Result<()> {
         const OP: &str = "append";
-        let Self { config, groups, device, sequences, stats, .. } = self;
+        let Self { config, groups, policy, device, sequences, stats, .. } = self;
         let Some(sequence) = sequences.get_mut(&seq) else {
             return Err(Error::new(OP, ErrorKind::UnknownSequence(seq)));
         };
@@ -252,11 +256,12 @@ impl Manager {
         let num_tokens = sequence.tokens.len() + tokens.len();
         check_length(OP, num_tokens, config.max_model_len as usize)?;
         let before = sequence.tokens.len();
+        let boundaries = sequence.boundaries;
+        let caching = config.prefix_caching;
+        let goal = Goal { boundaries: &boundaries, tokens: num_tokens, slots: num_tokens, caching };
         let (mut fresh, mut held) = (0, 0);
         for (group, row) in groups.iter().zip(&sequence.rows) {
-            let blocks = num_tokens.div_ceil(group.block_size);
-            fresh += blocks.saturating_sub(row.table.len());
-            fresh += usize::from(shared_tail(group, &device.pool, row, before).is_some());
+            fresh += lacking(group, policy, &device.pool, &row.table, before, goal);
             held += row.table.len() - row.first_live;
         }
         check_room(OP, &device.pool, stats, num_tokens, fresh + held, fresh)?;
@@ -264,18 +269,9 @@ impl Manager {
         let Self { groups, policy, device, sequences, copies, events, .. } = self;
         let Some(sequence) = sequences.get_mut(&seq) else { return Ok(()) };
         events.seal();
-        for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
-            if let Some(b) = shared_tail(group, &device.pool, row, before)
-                && let Some(to) = device.take(g, events)
-            {
-                let from = std::mem::replace(&mut row.table[b], to);
-                copies.push_back(BlockCopy { group: g as u32, from, to });
-                device.pool.release(std::iter::once(from));
-                new_block(g, to);
-            }
-        }
         sequence.tokens.push(tokens);
-        grow(groups, device, events, sequence, num_tokens, new_block);
+        let grower = Grower { groups, policy, device, copies, events };
+        grow(grower, &mut sequence.rows, before, goal, new_block);
         cache(groups, policy, device, events, sequence);
         Ok(())
     }
@@ -323,28 +319,6 @@ fn check_room(
             false => ErrorKind::NoFreeBlocks { needed, free },
         },
     ))
-}
-
-/// Lengthens the tables to `slots` tokens. The caller has checked that there is room.
-fn grow(
-    groups: &[Group],
-    device: &mut DeviceTier,
-    events: &mut Events,
-    sequence: &mut Sequence,
-    slots: usize,
-    mut new_block: impl FnMut(usize, BlockId),
-) {
-    for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
-        let blocks = slots.div_ceil(group.block_size);
-        while row.table.len() < blocks {
-            let Some(id) = device.take(g, events) else {
-                debug_assert!(false, "room was checked");
-                return;
-            };
-            row.table.push(id);
-            new_block(g, id);
-        }
-    }
 }
 
 /// Makes the blocks findable that the sequence's tokens fill, up to the last aligned length, as far as

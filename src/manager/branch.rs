@@ -48,7 +48,8 @@ impl Manager {
     ///
     /// # Errors
     /// `UnknownSequence` for the parent, `DuplicateSequence` for the child, `InvalidArgument` for a parent
-    /// that waits for loads or has computed nothing; nothing is changed.
+    /// that waits for loads, has computed nothing, or has recurrent states and tokens that are not computed;
+    /// nothing is changed.
     pub fn fork(&mut self, parent: SeqId, child: SeqId) -> Result<usize> {
         const OP: &str = "fork";
         let Some(of) = self.sequences.get(&parent) else {
@@ -59,6 +60,15 @@ impl Manager {
         let shared = of.computed;
         if shared == 0 {
             return Err(Error::invalid(OP, format!("sequence {parent} has computed nothing yet")));
+        }
+        // The state of its computed tokens gives way to that of the others.
+        let states = self.groups.iter().any(|group| group.kind == GroupKind::State);
+        if states && shared < of.tokens.len() {
+            let left = of.tokens.len() - shared;
+            return Err(Error::invalid(
+                OP,
+                format!("sequence {parent} has {left} token(s) to compute, and recurrent states"),
+            ));
         }
         let mut rows = of.rows.clone();
         for (group, row) in self.groups.iter().zip(&mut rows) {
@@ -98,8 +108,9 @@ impl Manager {
     ///
     /// # Errors
     /// `UnknownSequence`; `InvalidArgument` for no tokens, more than there are, or a sequence that waits for
-    /// loads; `OutOfWindow` when a windowed group has freed what the cut sequence would see; nothing is
-    /// changed.
+    /// loads; `OutOfWindow` when a windowed group has freed what the cut sequence would see, or a state group
+    /// keeps no state of just these tokens (of computed ones it does at a checkpoint only: draft on a fork);
+    /// nothing is changed.
     pub fn trim(&mut self, seq: SeqId, tokens: usize) -> Result<Cut> {
         self.cut("trim", seq, tokens, Cached::Stays)
     }
@@ -128,7 +139,13 @@ impl Manager {
         }
         for (g, (group, row)) in self.groups.iter().zip(&sequence.rows).enumerate() {
             let mut needed = group.first_needed(tokens)..tokens.div_ceil(group.block_size);
-            if needed.any(|b| row.table[b] == NULL) {
+            let missing = match group.kind {
+                // The slot holds the state of all that is computed, wherever it is.
+                GroupKind::State if tokens >= sequence.computed => false,
+                GroupKind::State if !tokens.is_multiple_of(group.block_size) => true,
+                _ => needed.any(|b| row.table[b] == NULL),
+            };
+            if missing {
                 return Err(Error::new(op, ErrorKind::OutOfWindow { seq, tokens, group: g }));
             }
         }
@@ -157,6 +174,11 @@ impl Manager {
                         host.discard_hash(g, &block.hash, &mut self.events);
                     }
                 }
+            }
+            if group.kind == GroupKind::State && row.table[kept - 1] == NULL {
+                // The slot has gone ahead.
+                let slot = row.table[kept..].iter_mut().find(|id| **id != NULL);
+                row.table[kept - 1] = slot.map_or(NULL, std::mem::take);
             }
             for id in row.table.drain(kept.min(row.table.len())..).rev().filter(|&id| id != NULL) {
                 freed[g].push(id);
@@ -193,12 +215,4 @@ impl Manager {
         holders.sort_unstable();
         holders
     }
-}
-
-/// The partly filled tail block of a sequence in a group when it may not be written, as its index: a copy of
-/// it has to be.
-pub(super) fn shared_tail(group: &Group, pool: &Pool, row: &Row, tokens: usize) -> Option<usize> {
-    let b = tokens / group.block_size;
-    let id = *row.table.get(b).filter(|_| !tokens.is_multiple_of(group.block_size))?;
-    pool.is_shared(id).then_some(b)
 }

@@ -27,7 +27,10 @@ impl Manager {
     /// `in_flight_tokens` are computed and not settled: the one bound of sizing and admission.
     pub fn max_blocks(&self, tokens: usize) -> usize {
         let in_flight = self.config.in_flight_tokens as usize;
-        self.groups.iter().map(|group| group.max_blocks(tokens, in_flight)).sum()
+        self.groups
+            .iter()
+            .map(|group| group.max_blocks(tokens, in_flight, &self.config.retention))
+            .sum()
     }
 
     /// Tokens per hashed unit: the greatest common divisor of the block sizes; 0 without prefix caching.

@@ -12,6 +12,7 @@ mod allocate;
 mod branch;
 mod events;
 mod groups;
+mod grow;
 mod hash;
 mod inspect;
 mod offload;
@@ -21,6 +22,7 @@ mod prometheus;
 mod queue;
 mod retention;
 mod sequence;
+mod states;
 mod stats;
 mod tiers;
 mod transfer;
@@ -30,6 +32,7 @@ use std::collections::{HashSet, VecDeque};
 pub use self::branch::{BlockCopy, Cut};
 pub use self::events::{Event, EventKind, Tier};
 pub use self::hash::{BlockHash, HashedTokens};
+pub use self::states::StateStep;
 pub use self::stats::{Stats, TierStats, TransferStats, Usage};
 pub use self::tiers::{HostConfig, StoredBlock, WritePolicy};
 pub use self::transfer::{Direction, Path, Place, Transfer};
@@ -40,7 +43,7 @@ use self::groups::Group;
 use self::hash::CheapMap;
 use self::offload::offer;
 use self::pool::{Block, NULL, Pool};
-use self::retention::Policy;
+use self::retention::{Boundaries, Policy};
 use self::sequence::{Inherited, Row, Sequence};
 use self::tiers::device::DeviceTier;
 use self::tiers::slots::SlotTier;
@@ -79,7 +82,8 @@ impl GroupConfig {
     /// Most blocks a request of `tokens` holds at once in this group when at most `in_flight` of them are
     /// computed and not settled. The block size is at least 1.
     pub(crate) fn max_blocks(&self, tokens: usize, in_flight: usize) -> usize {
-        Group::new(self, self.block_size as usize).max_blocks(tokens, in_flight)
+        let retention = Retention::default();
+        Group::new(self, self.block_size as usize).max_blocks(tokens, in_flight, &retention)
     }
 }
 
@@ -103,6 +107,13 @@ pub struct Retention {
     pub slack: u32,
     /// Whether old chunks stay cached densely, like a full group's blocks.
     pub dense_chunks: bool,
+}
+
+impl Default for Retention {
+    /// Sparse: the replay boundary and junctions, with one alignment unit of slack.
+    fn default() -> Self {
+        Self { interval: Some(0), slack: 1, dense_chunks: false }
+    }
 }
 
 /// Everything the manager is built from.
@@ -534,8 +545,8 @@ fn check_groups(op: &'static str, groups: &[GroupConfig]) -> Result<(usize, usiz
             ));
         }
         group.kind.check(op)?;
-        if group.kind == GroupKind::State {
-            return Err(Error::unsupported(op, "a group of", "recurrent states", "attention"));
+        if group.kind == GroupKind::State && group.sink_tokens > 0 {
+            return Err(Error::invalid(op, "a group of recurrent states has no sink tokens"));
         }
         let block_size = group.block_size as usize;
         unit = gcd(unit, block_size);

@@ -45,6 +45,12 @@ impl Policy {
         if all || b < group.sink_blocks {
             return true;
         }
+        // A state serves hits that end with its block, and hits end at aligned lengths.
+        if group.kind == GroupKind::State
+            && !((b + 1) * group.block_size).is_multiple_of(self.alignment)
+        {
+            return false;
+        }
         if [boundaries.replay, boundaries.junction].iter().any(|&e| self.tail_has(group, e, b)) {
             return true;
         }

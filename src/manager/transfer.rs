@@ -294,10 +294,12 @@ impl Manager {
             id != NULL && pool.block(id).users == 1 && !pool.block(id).cached
         };
         let (mut fresh, mut returned) = (0, 0);
+        // States are written at the end, and at what is left of the checkpoints.
+        let attends = |group: &Group| group.kind != GroupKind::State;
         for (group, row) in groups.iter().zip(&sequence.rows) {
             for &id in &row.table[valid / group.block_size..hit / group.block_size] {
                 if !own(&device.pool, id) {
-                    fresh += 1;
+                    fresh += usize::from(attends(group));
                     returned += usize::from(id != NULL && device.pool.block(id).users == 1);
                 }
             }
@@ -315,7 +317,7 @@ impl Manager {
         }
         for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
             let again = &mut row.table[valid / group.block_size..hit / group.block_size];
-            for id in again.iter_mut().filter(|id| **id == NULL) {
+            for id in again.iter_mut().filter(|id| attends(group) && **id == NULL) {
                 *id = device.take(g, events)?;
             }
             row.first_live = group.first_needed(valid);

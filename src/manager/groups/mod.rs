@@ -5,7 +5,7 @@ mod chunked;
 mod full;
 mod sliding;
 
-use super::GroupConfig;
+use super::{GroupConfig, Retention};
 use crate::spec::{AttentionKind, GroupKind};
 
 /// A layer group with its derived sizes.
@@ -87,13 +87,23 @@ impl Group {
 
     /// Most blocks a request of `tokens` holds at once when at most `in_flight` of its tokens are
     /// computed and not yet settled. The one bound of sizing and admission.
-    pub fn max_blocks(&self, tokens: usize, in_flight: usize) -> usize {
+    pub fn max_blocks(&self, tokens: usize, in_flight: usize, retention: &Retention) -> usize {
         let all = tokens.div_ceil(self.block_size);
         let live = match self.kind {
             GroupKind::Attention(AttentionKind::Full) => return all,
             GroupKind::Attention(AttentionKind::Sliding { window }) => window as usize - 1,
             GroupKind::Attention(AttentionKind::Chunked { chunk }) => chunk as usize,
-            GroupKind::State => 1,
+            GroupKind::State => {
+                // The slot, the checkpoint that it began with, and those between settled and computed.
+                let edges = in_flight / self.block_size + 1;
+                let per_end = 1 + retention.slack as usize;
+                let kept = match retention.interval {
+                    None => edges,
+                    Some(0) => 2 * per_end,
+                    Some(k) => (in_flight / k as usize + 3).saturating_mul(per_end),
+                };
+                return edges.min(kept).saturating_add(2).min(all);
+            }
         };
         let live = live.saturating_add(in_flight).min(tokens).div_ceil(self.block_size);
         // One more where the live tokens can begin inside a block.

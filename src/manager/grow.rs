@@ -1,0 +1,142 @@
+//! How tables grow: which blocks a sequence lacks for its tokens, and taking them.
+//!
+//! An attention group needs a block for every `block_size` tokens. A state group needs one slot, whatever the
+//! length: the last entry of its table. The slot goes along as the sequence grows; only where the state is
+//! worth keeping (a *checkpoint*, at a block edge) does the block stay behind and the sequence take a new
+//! slot. The other entries are null.
+//!
+//! In both, a block that anybody else counts on is never written: the sequence goes on with a copy of its
+//! tail.
+
+use std::collections::VecDeque;
+
+use super::pool::NULL;
+use super::*;
+
+/// The parts of the manager that growing needs.
+pub(super) struct Grower<'a> {
+    pub groups: &'a [Group],
+    pub policy: &'a Policy,
+    pub device: &'a mut DeviceTier,
+    pub copies: &'a mut VecDeque<BlockCopy>,
+    pub events: &'a mut Events,
+}
+
+/// What a table is to hold.
+#[derive(Clone, Copy)]
+pub(super) struct Goal<'a> {
+    pub boundaries: &'a Boundaries,
+    /// Tokens.
+    pub tokens: usize,
+    /// Tokens with slots: more than `tokens` when looking ahead, which states cannot.
+    pub slots: usize,
+    /// Whether blocks become findable.
+    pub caching: bool,
+}
+
+/// Blocks to take for a row that holds `table` so far, of `before` tokens.
+pub(super) fn lacking(
+    group: &Group,
+    policy: &Policy,
+    pool: &Pool,
+    table: &[BlockId],
+    before: usize,
+    goal: Goal<'_>,
+) -> usize {
+    let copy = usize::from(shared_tail(group, pool, table, before).is_some());
+    match group.kind {
+        GroupKind::Attention(_) => {
+            goal.slots.div_ceil(group.block_size).saturating_sub(table.len()) + copy
+        }
+        GroupKind::State => {
+            let states = states(group, policy, table.len(), goal).count();
+            let moves = states > 0 && moves(group, policy, pool, table, copy > 0, goal);
+            states - usize::from(moves) + copy
+        }
+    }
+}
+
+/// Gives the rows of a sequence of `before` tokens what they lack. The caller has checked that there is room.
+pub(super) fn grow(
+    grower: Grower<'_>,
+    rows: &mut [Row],
+    before: usize,
+    goal: Goal<'_>,
+    mut new_block: impl FnMut(usize, BlockId),
+) {
+    let Grower { groups, policy, device, copies, events } = grower;
+    let mut take = |device: &mut DeviceTier, g: usize| {
+        let id = device.take(g, events);
+        debug_assert!(id.is_some(), "room was checked");
+        id.inspect(|&id| new_block(g, id))
+    };
+    for (g, (group, row)) in groups.iter().zip(rows).enumerate() {
+        if let Some(b) = shared_tail(group, &device.pool, &row.table, before)
+            && let Some(to) = take(device, g)
+        {
+            let from = std::mem::replace(&mut row.table[b], to);
+            copies.push_back(BlockCopy { group: g as u32, from, to });
+            device.pool.release(std::iter::once(from));
+        }
+        if group.kind == GroupKind::State {
+            let have = row.table.len();
+            let mut states = states(group, policy, have, goal).peekable();
+            let mut slot = NULL;
+            if states.peek().is_some()
+                && moves(group, policy, &device.pool, &row.table, false, goal)
+                && let Some(last) = row.table.last_mut()
+            {
+                slot = std::mem::replace(last, NULL);
+            }
+            for b in states {
+                let id = match std::mem::replace(&mut slot, NULL) {
+                    NULL => take(device, g),
+                    slot => Some(slot),
+                };
+                let Some(id) = id else { return };
+                row.table.resize(b, NULL);
+                row.table.push(id);
+            }
+            continue;
+        }
+        for _ in row.table.len()..goal.slots.div_ceil(group.block_size) {
+            let Some(id) = take(device, g) else { return };
+            row.table.push(id);
+        }
+    }
+}
+
+/// The entries that a state table of `have` gets: checkpoints, and the slot at the end.
+fn states(
+    group: &Group,
+    policy: &Policy,
+    have: usize,
+    goal: Goal<'_>,
+) -> impl Iterator<Item = usize> + use<> {
+    let (group, policy, boundaries) = (*group, *policy, *goal.boundaries);
+    let end = goal.tokens.div_ceil(group.block_size);
+    (have..end)
+        .filter(move |&b| b + 1 == end || goal.caching && policy.keeps(&group, &boundaries, b))
+}
+
+/// Whether the slot of a state table goes along. `copied`: it is about to become a copy of its own.
+fn moves(
+    group: &Group,
+    policy: &Policy,
+    pool: &Pool,
+    table: &[BlockId],
+    copied: bool,
+    goal: Goal<'_>,
+) -> bool {
+    let Some(&last) = table.last() else { return false };
+    let own = copied || last != NULL && !pool.is_shared(last);
+    own && !(goal.caching && policy.keeps(group, goal.boundaries, table.len() - 1))
+}
+
+/// The partly filled tail block of a sequence of `tokens` when it may not be written, as its index: a copy of
+/// it has to be.
+fn shared_tail(group: &Group, pool: &Pool, table: &[BlockId], tokens: usize) -> Option<usize> {
+    let b = tokens / group.block_size;
+    let id = *table.get(b).filter(|_| !tokens.is_multiple_of(group.block_size))?;
+    pool.is_shared(id).then_some(b)
+}
