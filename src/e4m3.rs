@@ -6,6 +6,8 @@
 
 /// The largest finite value.
 pub const MAX: f32 = 448.0;
+/// The smallest scale that `append` computes, 2^-100: its inverse times any row stays in range.
+pub const LEAST_SCALE: f32 = f32::from_bits((127 - 100) << 23);
 /// NaN, without its sign.
 const NAN: u8 = 0x7f;
 

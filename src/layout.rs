@@ -2,6 +2,9 @@
 //!
 //! The native layout is BlockFirst/HND: `[block][layer slot][K|V][kv head][token][dim]`. Every other one
 //! is a choice of bases and strides; kernels only ever see strides.
+//!
+//! 8-bit elements have f32 scales. In the native layout every layer slot of a block ends with those of its own
+//! tokens, `[K|V][kv head][token]`: whoever moves a block, or one layer of it, moves its scales.
 
 use crate::abi;
 use crate::device::Span;
@@ -64,9 +67,20 @@ pub struct KvShape {
 }
 
 impl KvShape {
-    /// Bytes of K and V of one token in one layer.
+    /// Bytes of K and V of one token in one layer in the native layout, the scales of 8-bit elements included.
     pub const fn token_bytes(&self) -> usize {
+        self.element_bytes() + 2 * self.num_kv_heads as usize * self.scale_bytes()
+    }
+
+    /// Bytes of K and V of one token in one layer without scales: what attention has to read of a token at
+    /// least.
+    pub const fn element_bytes(&self) -> usize {
         2 * self.num_kv_heads as usize * self.head_dim as usize * self.dtype.bytes()
+    }
+
+    /// Bytes of the scale of one token of one head in the native layout: none for 16-bit elements.
+    const fn scale_bytes(&self) -> usize {
+        if matches!(self.dtype, Dtype::E4m3) { size_of::<f32>() } else { 0 }
     }
 }
 
@@ -135,7 +149,8 @@ pub struct KvView {
 
 impl KvView {
     /// A native (BlockFirst/HND) view of a pool: `[block][layer slot][K|V][head][token][dim]`, blocks
-    /// `block_stride_bytes` apart (at least the bytes of one block). It has no scales yet.
+    /// `block_stride_bytes` apart (at least the bytes of one block). 8-bit elements have a scale per token and
+    /// head, which a layer slot ends with.
     ///
     /// # Errors
     /// `InvalidArgument` when the pool is too small or the stride not a multiple of 16 bytes.
@@ -159,7 +174,17 @@ impl KvView {
         let token = i64::from(shape.head_dim);
         let head = token.checked_mul(i64::from(block_size)).ok_or_else(overflow)?;
         let half = head.checked_mul(i64::from(shape.num_kv_heads)).ok_or_else(overflow)?;
-        let layer = half.checked_mul(2).ok_or_else(overflow)?;
+        let elements = half.checked_mul(2).ok_or_else(overflow)?;
+        // Scales are counted in elements, of which they are a whole number.
+        let scale = shape.scale_bytes() as i64 / element;
+        let half_scales = i64::from(block_size)
+            .checked_mul(shape.num_kv_heads.into())
+            .and_then(|rows| rows.checked_mul(scale))
+            .ok_or_else(overflow)?;
+        let layer = half_scales
+            .checked_mul(2)
+            .and_then(|scales| scales.checked_add(elements))
+            .ok_or_else(overflow)?;
         let needed = layer
             .checked_mul(element)
             .and_then(|bytes| bytes.checked_mul(i64::from(num_layer_slots)))
@@ -173,23 +198,41 @@ impl KvView {
             ));
         }
         let block = i64::try_from(block_stride_bytes).map_err(|_| overflow())? / element;
-        let v_offset = (half * element) as u64;
-        let v = pool.address.checked_add(v_offset).ok_or_else(overflow)?;
+        let after = |elements: i64| -> Result<Span> {
+            let offset = (elements * element) as u64;
+            let address = pool.address.checked_add(offset).ok_or_else(overflow)?;
+            Ok(Span::new(address, pool.bytes.saturating_sub(offset)))
+        };
+        let scales = if scale == 0 {
+            None
+        } else {
+            let token = i64::from(block_size);
+            Some(KvScales {
+                k: after(elements)?,
+                v: after(elements + half_scales)?,
+                strides: KvStrides {
+                    block: block / scale,
+                    layer: layer / scale,
+                    head: token,
+                    token: 1,
+                },
+            })
+        };
         let view = Self {
             k: pool,
-            v: Span::new(v, pool.bytes.saturating_sub(v_offset)),
+            v: after(half)?,
             strides: KvStrides { block, layer, head, token },
             shape,
             block_size,
             num_blocks,
             num_layer_slots,
-            scales: None,
+            scales,
         };
-        view.check_elements(OP)?;
+        view.check(OP)?;
         Ok(view)
     }
 
-    /// The view of the same memory with these scales: what 8-bit elements need.
+    /// The view of the same memory with these scales in place of those of its layer slots.
     ///
     /// # Errors
     /// `InvalidArgument` when the elements are 16-bit ones, or the scales do not fit the view.
@@ -369,5 +412,53 @@ mod tests {
         let mut view = native(5).unwrap();
         view.strides.block = i64::MAX - 7;
         assert!(view.check("test").is_err());
+    }
+
+    #[test]
+    fn a_native_layer_slot_ends_with_the_scales_of_its_tokens() {
+        let shape = KvShape { dtype: Dtype::E4m3, ..SHAPE };
+        let layer = 2 * 2 * 16 * (64 + 4);
+        assert_eq!(shape.token_bytes() as u64 * 16, layer);
+        let pool = Span::new(4096, 3 * layer * 5);
+        let view = KvView::block_first(pool, shape, 16, 3, 5, 3 * layer).unwrap();
+        let scales = view.scales.unwrap();
+        assert!(scales.per_token());
+        assert_eq!(scales.k.address, view.k.address + 2 * 2 * 16 * 64);
+        assert_eq!(scales.v.address, scales.k.address + 2 * 16 * 4);
+        assert_eq!(view.strides.layer as u64, layer);
+        assert_eq!(4 * scales.strides.layer as u64, layer);
+        // The last scale of V ends the pool.
+        let KvStrides { block, layer, head, token } = scales.strides;
+        let last = scales.v.address as i64 + 4 * (4 * block + 2 * layer + head + 15 * token + 1);
+        assert_eq!(last as u64, pool.address + pool.bytes);
+        assert!(KvView::block_first(pool, shape, 16, 3, 6, 3 * 17408).is_err());
+    }
+
+    #[test]
+    fn eight_bit_elements_need_scales_and_no_others_have_them() {
+        let shape = KvShape { dtype: Dtype::E4m3, ..SHAPE };
+        let bytes = shape.token_bytes() as u64 * 16 * 3;
+        let view = KvView::block_first(Span::new(4096, 5 * bytes), shape, 16, 3, 5, bytes).unwrap();
+        let scales = view.scales.unwrap();
+        let refused = |view: KvView, words: &str| {
+            let message = view.check("test").unwrap_err().to_string();
+            assert!(message.contains(words), "{message}");
+        };
+        refused(KvView { scales: None, ..view }, "without scales");
+        refused(KvView { scales: Some(scales), ..native(5).unwrap() }, "these are bf16");
+        let with =
+            |strides: KvStrides| KvView { scales: Some(KvScales { strides, ..scales }), ..view };
+        // Shared by all, by the tokens of a head, by the heads of a token.
+        with(KvStrides::NONE).check("test").unwrap();
+        with(KvStrides { head: 1, ..KvStrides::NONE }).check("test").unwrap();
+        with(KvStrides { head: 0, ..scales.strides }).check("test").unwrap();
+        refused(with(KvStrides { token: -1, ..KvStrides::NONE }), "negative");
+        refused(with(KvStrides { head: 1, token: 1, ..KvStrides::NONE }), "overlap");
+        let mut short = scales;
+        short.v.bytes -= 4;
+        refused(KvView { scales: Some(short), ..view }, "the V scales");
+        let mut odd = scales;
+        odd.k.address += 2;
+        refused(KvView { scales: Some(odd), ..view }, "the K scales");
     }
 }

@@ -21,6 +21,15 @@ pub fn sees(kind: AttentionKind, sink_tokens: u32, query: i64, key: i64) -> bool
     in_window || key < i64::from(sink_tokens)
 }
 
+/// Whether a query whose new tokens are seen by the bits of `tree` sees the key at `key`, as far as that says:
+/// bit `u` is for the new token at `first_new + u`, tokens before `first_new` are seen. `None`: no tree.
+pub fn tree_sees(tree: Option<u32>, first_new: i64, key: i64) -> bool {
+    match (tree, key - first_new) {
+        (Some(mask), new @ 0..32) => mask >> new & 1 == 1,
+        _ => true,
+    }
+}
+
 /// How a dot product of query and key becomes a logit, and what else is in the denominator.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Logits {

@@ -7,7 +7,7 @@ use half::bf16;
 use hybridkv::ErrorKind;
 use hybridkv::abi::{HKV_LAYER_CHUNKED, HKV_LAYER_FULL, HKV_LAYER_SLIDING, hkv_window};
 use hybridkv::device::{Device, DeviceBuffer, Span};
-use hybridkv::layout::{Dtype, KvShape, KvView};
+use hybridkv::layout::{Dtype, KvScales, KvShape, KvStrides, KvView};
 use hybridkv::ops::{AttentionArgs, BlockTables, HeadStrides, Kernels, MergeArgs, WindowTable};
 use hybridkv::reference::{self, Logits, State, compare};
 use hybridkv::spec::AttentionKind;
@@ -339,8 +339,19 @@ fn attention_refuses_what_the_host_can_see() {
         ("head_dim 96 is not supported; supported: 64, 128, 256", |a| a.kv.shape.head_dim = 96),
         ("dtype f32 is not supported; supported: bf16, f16", |a| a.dtype = Dtype::F32),
         ("KV dtype f32 is not supported", |a| a.kv.shape.dtype = Dtype::F32),
-        ("KV dtype e4m3 is not supported", |a| a.kv.shape.dtype = Dtype::E4m3),
-        ("tree_mask", |a| a.tree_mask = Some(a.qo_indptr)),
+        ("KV dtype f16 is not supported; supported: with bf16 queries bf16, e4m3", |a| {
+            a.kv.shape.dtype = Dtype::F16;
+        }),
+        ("e4m3 keys and values without scales", |a| a.kv.shape.dtype = Dtype::E4m3),
+        ("scales are for e4m3", |a| {
+            let one = Span::new(64, 4);
+            a.kv.scales = Some(KvScales { k: one, v: one, strides: KvStrides::NONE });
+        }),
+        ("max_q_len with a tree mask 33", |a| {
+            a.tree_mask = Some(a.qo_indptr);
+            a.max_q_len = 33;
+        }),
+        ("tree_mask has", |a| a.tree_mask = Some(Span::new(64, 7))),
         ("block_size 24 is not supported; supported: 8, 16", |a| a.kv.block_size = 24),
         ("block_size 4", |a| a.kv.block_size = 4),
         ("num_qo_heads 5 with 2 KV heads", |a| a.num_qo_heads = 5),

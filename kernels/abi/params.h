@@ -58,6 +58,7 @@ typedef struct hkv_append_params {
 // Launch shapes on which kernels and launchers agree; shared memory is dynamic.
 #define HKV_DECODE_THREADS 128
 #define HKV_DECODE_SHARED_BYTES 98304
+#define HKV_DECODE_NARROW_SHARED_BYTES 49152  // of e4m3 kernels with head_dim * rows <= 1024
 #define HKV_PREFILL_THREADS 128
 #define HKV_PREFILL_SHARED_BYTES 98304
 #define HKV_MERGE_THREADS 128

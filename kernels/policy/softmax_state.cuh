@@ -2,11 +2,13 @@
 //
 // A score x is a raw product q . k, or its tanh under a soft cap; one factor makes it a logit in
 // log2 units: exp(logit) = 2^(x * factor). The state of a row over the keys seen so far is
-//   max     a bound on the logits in log2 units: at most kSlackLog2 below the largest (-inf: no key
-//   yet) sum     sum of 2^(x * factor - max), over the unrounded weights output  sum of 2^(x *
-//   factor - max) * v, kept by the caller
-// The maximum is only moved when a logit exceeds it by more than the slack, so that most tiles need
-// no rescaling; weights stay below 2^kSlackLog2 and the final division makes the result exact.
+//   base    kLiftLog2 below the largest logit of some moment, in log2 units (-inf: no key yet)
+//   sum     sum of 2^(x * factor - base), over the unrounded weights
+//   output  sum of 2^(x * factor - base) * v, kept by the caller
+// The base is only moved when a weight would exceed 2^kMostLog2, so that most tiles need no
+// rescaling; the final division makes the result exact. The largest weight is at least 2^kLiftLog2:
+// what is lost when weights are rounded to f16 (up to 2^-25 each) is less than 10M * 2^-36 of the
+// whole.
 #ifndef HYBRIDKV_POLICY_SOFTMAX_STATE_CUH_
 #define HYBRIDKV_POLICY_SOFTMAX_STATE_CUH_
 
@@ -16,7 +18,8 @@ namespace hkv {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kSlackLog2 = 8.0f;
+constexpr float kLiftLog2 = 11.0f;
+constexpr float kMostLog2 = 15.0f;  // of f16's 16
 
 class LogitScale {
  public:
@@ -27,6 +30,12 @@ class LogitScale {
     factor_ = (capped_ ? soft_cap : sm_scale) * kLog2e;
   }
 
+  // Takes in a factor of the products.
+  __device__ void multiply(float factor) {
+    inner_ *= factor;
+    if (!capped_) factor_ *= factor;
+  }
+
   __device__ bool capped() const { return capped_; }
   // The score of a product under the soft cap: tanh(product * sm_scale / cap), to fp32 rounding.
   __device__ float cap(float product) const {
@@ -34,9 +43,9 @@ class LogitScale {
   }
   // The logit of a score in log2 units.
   __device__ float logit(float score) const { return score * factor_; }
-  // 2^(logit - max) for a score, 0 for a masked one (-inf), also when nothing has been seen.
-  __device__ float weight(float score, float max) const {
-    return ex2(fmaf(score, factor_, max == -INFINITY ? 0.0f : -max));
+  // 2^(logit - base) for a score, 0 for a masked one (-inf), also when nothing has been seen.
+  __device__ float weight(float score, float base) const {
+    return ex2(fmaf(score, factor_, base == -INFINITY ? 0.0f : -base));
   }
 
  private:
@@ -45,12 +54,19 @@ class LogitScale {
   float factor_;  // log2 units of a logit per unit of score
 };
 
-// Whether a logit is too far above the maximum of a state for its weight.
-__device__ __forceinline__ bool exceeds(float logit, float max) { return logit > max + kSlackLog2; }
+// Whether a logit is too far above the base of a state for its weight.
+__device__ __forceinline__ bool exceeds(float logit, float base) {
+  return logit > base + kMostLog2;
+}
 
-// What a state is to be multiplied with when its maximum moves up from `old_max`.
-__device__ __forceinline__ float rescale(float old_max, float new_max) {
-  return new_max == -INFINITY ? 0.0f : ex2(old_max - new_max);
+// The base for a state whose largest logit is `top`; never below the old one.
+__device__ __forceinline__ float raised(float old_base, float top) {
+  return fmaxf(old_base, top - kLiftLog2);
+}
+
+// What a state is to be multiplied with when its base moves up from `old_base`.
+__device__ __forceinline__ float rescale(float old_base, float new_base) {
+  return new_base == -INFINITY ? 0.0f : ex2(old_base - new_base);
 }
 
 // A closed row: what its output sum is to be multiplied with, and its natural-log LSE.
@@ -58,16 +74,16 @@ struct ClosedRow {
   float scale;
   float lse;
 
-  // Closes a state of maximum `max` and sum `sum`. A learned sink adds
+  // Closes a state of base `base` and sum `sum`. A learned sink adds
   // exp(sink) to the denominator; sink = -inf adds nothing.
-  __device__ ClosedRow(float max, float sum, float sink) {
-    const float top = fmaxf(max, sink * kLog2e);
+  __device__ ClosedRow(float base, float sum, float sink) {
+    const float top = fmaxf(base, sink * kLog2e);
     if (top == -INFINITY) {
       scale = 0.0f;
       lse = -INFINITY;
       return;
     }
-    const float keep = ex2(max - top);
+    const float keep = ex2(base - top);
     const float total = fmaf(sum, keep, ex2(sink * kLog2e - top));
     scale = keep / total;
     lse = kLn2 * top + logf(total);

@@ -1,5 +1,7 @@
-// The layout of [row][kDim] tiles of 16-bit elements in shared memory: rows without padding, the
-// 16-byte chunk c of row r at c ^ (r % 8), so that the 8 rows of a matrix lie in different banks.
+// The layout of tiles of rows of kRowBytes bytes in shared memory: rows without padding, the
+// 16-byte chunks of a row permuted so that the same chunk of 8 neighbouring rows lies in different
+// banks: chunk c of row r at c ^ (r % 8), or at c ^ (r / 2 % 4) where two rows of 64 bytes share
+// the banks. Tiles are aligned to 128 bytes.
 #ifndef HYBRIDKV_POLICY_SWIZZLE_CUH_
 #define HYBRIDKV_POLICY_SWIZZLE_CUH_
 
@@ -7,19 +9,20 @@
 
 namespace hkv {
 
-template <int kDim>
+template <int kRowBytes_>
 struct Swizzle {
-  static constexpr int kChunks = kDim / 8;  // 16-byte chunks of a row
-  static constexpr int kRowBytes = kDim * 2;
+  static constexpr int kRowBytes = kRowBytes_;
+  static constexpr int kChunks = kRowBytes / 16;
+  static_assert(kRowBytes >= 64 && kRowBytes % 64 == 0);
 
   // Byte offset of a chunk from the start of the tile.
   __device__ static uint32_t offset(int row, int chunk) {
-    return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
+    const int permutation = kRowBytes == 64 ? row / 2 & 3 : row & 7;
+    return row * kRowBytes + ((chunk ^ permutation) << 4);
   }
 
   // The address of chunk c + 2 * pair of a row from that of its chunk c < 2. Four pairs share their
-  // upper bits, which the swizzle leaves alone: they become immediate offsets. Tiles are aligned to
-  // 128.
+  // upper bits, which the swizzle leaves alone: they become immediate offsets.
   __device__ static uint32_t advance(uint32_t address, int pair) {
     return (address ^ (pair % 4 << 5)) + pair / 4 * 128;
   }

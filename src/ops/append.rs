@@ -5,7 +5,7 @@ use crate::abi::hkv_append_params;
 use crate::device::cuda::LaunchConfig;
 use crate::device::{Span, StreamRef};
 use crate::error::{Error, Result};
-use crate::layout::{Dtype, KvStrides, KvView};
+use crate::layout::{Dtype, KvScales, KvStrides, KvView};
 
 const OP: &str = "append";
 /// Threads per CTA, as in kernels/append.cu.
@@ -39,19 +39,29 @@ pub struct AppendArgs {
 }
 
 pub(super) struct Loaded {
-    append: Kernel,
+    /// 16-bit elements as they are.
+    copy: Kernel,
+    /// To e4m3, from bf16 and f16.
+    quantise: [Kernel; 2],
 }
 
 impl Loaded {
     pub(super) fn load(loader: &mut Loader<'_>) -> Result<Self> {
         let kernel = loader.file("append")?;
-        Ok(Self { append: kernel("hkv_append", 0)? })
+        Ok(Self {
+            copy: kernel("hkv_append", 0)?,
+            quantise: [kernel("hkv_append_bf16_e4m3", 0)?, kernel("hkv_append_f16_e4m3", 0)?],
+        })
     }
 }
 
 impl Kernels {
     /// Writes the K and V of new tokens into their slots; negative slots are skipped. No tokens are a
     /// no-op.
+    ///
+    /// In a view of e4m3 elements they are quantised: to the nearest of `x / scale`, saturating at the
+    /// largest. Scales that tokens share are read; where every token of every head has its own, it is
+    /// `max |x| / 448` of its row and is written beside it. A row with an infinity becomes NaN.
     ///
     /// # Errors
     /// `Unsupported` or `InvalidArgument` for anything the host can see: element type, alignment,
@@ -100,15 +110,22 @@ impl Kernels {
             new_dtype: args.dtype.code() as i32,
             kv_dtype: args.kv.shape.dtype.code() as i32,
         };
-        // A lane moves 16 bytes of K and of V.
-        let vectors = args.num_tokens as u64 * (args.kv.shape.token_bytes() as u64 / 32);
+        let shape = &args.kv.shape;
+        let (kernel, lanes) = if shape.dtype == Dtype::E4m3 {
+            // A warp quantises a head of K and of V.
+            let lanes = args.num_tokens as u64 * shape.num_kv_heads as u64 * 32;
+            (&self.append.quantise[usize::from(args.dtype == Dtype::F16)], lanes)
+        } else {
+            // A lane moves 16 bytes of K and of V.
+            (&self.append.copy, args.num_tokens as u64 * (shape.token_bytes() as u64 / 32))
+        };
         let most = self.device.info().multiprocessors.max(1) * CTAS_PER_SM;
-        let ctas = vectors.div_ceil(THREADS as u64).clamp(1, most as u64) as u32;
+        let ctas = lanes.div_ceil(THREADS as u64).clamp(1, most as u64) as u32;
         let config = LaunchConfig::linear(ctas, THREADS);
         // SAFETY: runs when the stream gets to it, while the caller's promise holds.
         let on_cpu = |params: &_| unsafe { cpu::append(params) };
         // SAFETY: the parameters are those of the kernel; memory is the caller's promise.
-        unsafe { self.launch(&self.append.append, config, &params, stream, on_cpu) }
+        unsafe { self.launch(kernel, config, &params, stream, on_cpu) }
     }
 }
 
@@ -119,8 +136,13 @@ impl AppendArgs {
         if !matches!(self.dtype, Dtype::Bf16 | Dtype::F16) {
             return Err(Error::unsupported(OP, "dtype", self.dtype.name(), "bf16, f16"));
         }
-        if shape.dtype != self.dtype {
-            return Err(Error::unsupported(OP, "KV dtype", shape.dtype.name(), self.dtype.name()));
+        if ![self.dtype, Dtype::E4m3].contains(&shape.dtype) {
+            return Err(Error::unsupported(
+                OP,
+                "KV dtype",
+                shape.dtype.name(),
+                format!("with {0} tokens {0}, e4m3", self.dtype.name()),
+            ));
         }
         if shape.num_kv_heads == 0 || shape.head_dim == 0 || !shape.head_dim.is_multiple_of(8) {
             return Err(Error::unsupported(
@@ -134,6 +156,18 @@ impl AppendArgs {
             return Err(Error::unsupported(OP, "num_tokens", self.num_tokens, "up to 2^31 - 1"));
         }
         self.kv.check(OP)?;
+        if let Some(scales) = self.kv.scales.filter(KvScales::per_token)
+            && [(scales.strides.head, shape.num_kv_heads), (scales.strides.block, 2)]
+                .iter()
+                .any(|&(stride, count)| stride == 0 && count > 1)
+        {
+            return Err(Error::unsupported(
+                OP,
+                "scales",
+                "of tokens, shared by heads or blocks",
+                "one for all tokens of a head, or one per token and head",
+            ));
+        }
         self.windows.check(OP, self.layer)?;
         for (name, span) in [("k_new", &self.k_new), ("v_new", &self.v_new)] {
             let (tokens, heads) = (self.num_tokens, shape.num_kv_heads);

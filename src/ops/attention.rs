@@ -12,7 +12,7 @@ use crate::abi::{self, hkv_attention_params, hkv_merge_params, hkv_window};
 use crate::device::cuda::LaunchConfig;
 use crate::device::{Span, StreamRef};
 use crate::error::{Error, Result};
-use crate::layout::{Dtype, KvStrides, KvView};
+use crate::layout::{Dtype, KvShape, KvStrides, KvView};
 
 const OP: &str = "attention";
 
@@ -198,37 +198,46 @@ pub struct AttentionArgs {
     pub workspace: Span,
 }
 
-/// Element types that the kernels are built for, in the order of the tables in [`Loaded`].
+/// Types of queries that the kernels are built for, in the order of the tables in [`Loaded`]. Keys and
+/// values are of the same type or e4m3.
 const DTYPES: [Dtype; 2] = [Dtype::Bf16, Dtype::F16];
 /// Head dimensions that the kernels are built for, likewise.
 const HEAD_DIMS: [u32; 3] = [64, 128, 256];
 
+/// What the type of keys and values adds to a kernel's name: nothing where it is the queries'.
+const KV_SUFFIXES: [&str; 2] = ["", "_e4m3"];
+
 pub(super) struct Loaded {
-    /// By element type, head dimension and query rows (8, 16).
-    decode: [[[Kernel; 2]; 3]; 2],
-    /// By element type and head dimension.
-    prefill: [[Kernel; 3]; 2],
+    /// By type of the queries, whether KV is e4m3, head dimension and query rows (8, 16).
+    decode: [[[[Kernel; 2]; 3]; 2]; 2],
+    /// By type of the queries, whether KV is e4m3, and head dimension.
+    prefill: [[[Kernel; 3]; 2]; 2],
 }
 
 impl Loaded {
     pub(super) fn load(loader: &mut Loader<'_>) -> Result<Self> {
         let none = Kernel { function: None };
-        let mut loaded = Self { decode: [[[none; 2]; 3]; 2], prefill: [[none; 3]; 2] };
+        let mut loaded = Self { decode: [[[[none; 2]; 3]; 2]; 2], prefill: [[[none; 3]; 2]; 2] };
         let decode = loader.file("attention_decode")?;
         for (dtype, by_dtype) in DTYPES.iter().zip(&mut loaded.decode) {
-            for (dim, by_dim) in HEAD_DIMS.iter().zip(by_dtype) {
-                for (rows, kernel) in [8, 16].iter().zip(by_dim) {
-                    let name = format!("hkv_attention_decode_{}_d{dim}_r{rows}", dtype.name());
-                    *kernel = decode(&name, abi::HKV_DECODE_SHARED_BYTES)?;
+            for (kv, by_kv) in KV_SUFFIXES.iter().zip(by_dtype) {
+                for (dim, by_dim) in HEAD_DIMS.iter().zip(by_kv) {
+                    for (rows, kernel) in [8, 16].iter().zip(by_dim) {
+                        let dtype = dtype.name();
+                        let name = format!("hkv_attention_decode_{dtype}{kv}_d{dim}_r{rows}");
+                        *kernel = decode(&name, abi::HKV_DECODE_SHARED_BYTES)?;
+                    }
                 }
             }
         }
         drop(decode);
         let prefill = loader.file("attention_prefill")?;
         for (dtype, by_dtype) in DTYPES.iter().zip(&mut loaded.prefill) {
-            for (dim, kernel) in HEAD_DIMS.iter().zip(by_dtype) {
-                let name = format!("hkv_attention_prefill_{}_d{dim}", dtype.name());
-                *kernel = prefill(&name, abi::HKV_PREFILL_SHARED_BYTES)?;
+            for (kv, by_kv) in KV_SUFFIXES.iter().zip(by_dtype) {
+                for (dim, kernel) in HEAD_DIMS.iter().zip(by_kv) {
+                    let name = format!("hkv_attention_prefill_{}{kv}_d{dim}", dtype.name());
+                    *kernel = prefill(&name, abi::HKV_PREFILL_SHARED_BYTES)?;
+                }
             }
         }
         Ok(loaded)
@@ -324,6 +333,18 @@ fn prefill_splits(items: u64, max_kv_len: u64, slots: u64, max_splits: u64) -> u
     (1..=most).find(|&splits| cost(splits) <= best + best / 32).unwrap_or(1) as u32
 }
 
+/// Query tokens of a sequence that a tree mask has bits for.
+const MAX_TREE_TOKENS: u32 = 32;
+
+/// Dynamic shared memory of a decode kernel of this many query rows, as in kernels/attention_decode.cu.
+fn decode_shared_bytes(shape: &KvShape, rows: u32) -> u32 {
+    if shape.dtype == Dtype::E4m3 && shape.head_dim * rows <= 1024 {
+        abi::HKV_DECODE_NARROW_SHARED_BYTES
+    } else {
+        abi::HKV_DECODE_SHARED_BYTES
+    }
+}
+
 /// Bytes of the partial state of a row: output and LSE in f32.
 fn state_bytes(head_dim: u32) -> u64 {
     (u64::from(head_dim) + 1) * size_of::<f32>() as u64
@@ -367,6 +388,9 @@ impl Kernels {
             return Ok(());
         }
         args.check()?;
+        if args.tree_mask.is_some() && self.device.backend().as_cuda().is_some() {
+            return Err(Error::unsupported(OP, "tree_mask", "on a GPU", "the CPU device"));
+        }
         let plan = Plan::new(args, self.device.info().multiprocessors);
         args.workspace.check(OP, "the workspace", args.workspace_bytes(plan.splits), 16)?;
         let ctas = u32::try_from(plan.ctas).ok().filter(|&ctas| ctas <= i32::MAX as u32);
@@ -378,26 +402,30 @@ impl Kernels {
             unsafe { checks::attention(args, stream)? };
         }
 
-        let shape = args.kv.shape;
+        let (dtype, shape) = (args.dtype, args.kv.shape);
         let params = args.params(plan.splits);
-        let dtype = usize::from(shape.dtype == DTYPES[1]);
+        let by_dtype = usize::from(args.dtype == DTYPES[1]);
+        let e4m3 = usize::from(shape.dtype == Dtype::E4m3);
         let dim = HEAD_DIMS.iter().position(|&dim| dim == shape.head_dim).unwrap_or_default();
         let (kernel, threads, shared) = match plan.variant {
             Variant::Prefill => (
-                &self.attention.prefill[dtype][dim],
+                &self.attention.prefill[by_dtype][e4m3][dim],
                 abi::HKV_PREFILL_THREADS,
                 abi::HKV_PREFILL_SHARED_BYTES,
             ),
-            decode => (
-                &self.attention.decode[dtype][dim][usize::from(decode == Variant::Decode16)],
-                abi::HKV_DECODE_THREADS,
-                abi::HKV_DECODE_SHARED_BYTES,
-            ),
+            decode => {
+                let rows_16 = decode == Variant::Decode16;
+                (
+                    &self.attention.decode[by_dtype][e4m3][dim][usize::from(rows_16)],
+                    abi::HKV_DECODE_THREADS,
+                    decode_shared_bytes(&shape, if rows_16 { 16 } else { 8 }),
+                )
+            }
         };
         let config = LaunchConfig::linear(ctas, threads).with_shared(shared);
         // SAFETY: runs when the stream gets to it, while the caller's promise holds.
         let on_cpu =
-            move |p: &_| unsafe { cpu::attention(p, shape.dtype, shape.head_dim as usize) };
+            move |p: &_| unsafe { cpu::attention(p, dtype, shape.dtype, shape.head_dim as usize) };
         // SAFETY: the parameters are those of the kernel; memory is the caller's promise.
         unsafe { self.launch(kernel, config, &params, stream, on_cpu)? };
         if plan.splits == 1 {
@@ -422,11 +450,21 @@ impl AttentionArgs {
         if !DTYPES.contains(&self.dtype) {
             return Err(Error::unsupported(OP, "dtype", self.dtype.name(), "bf16, f16"));
         }
-        if shape.dtype != self.dtype {
-            return Err(Error::unsupported(OP, "KV dtype", shape.dtype.name(), self.dtype.name()));
+        if ![self.dtype, Dtype::E4m3].contains(&shape.dtype) {
+            return Err(Error::unsupported(
+                OP,
+                "KV dtype",
+                shape.dtype.name(),
+                format!("with {0} queries {0}, e4m3", self.dtype.name()),
+            ));
         }
-        if self.tree_mask.is_some() {
-            return Err(Error::unsupported(OP, "tree_mask", "given", "None"));
+        if self.tree_mask.is_some() && self.max_q_len > MAX_TREE_TOKENS {
+            return Err(Error::unsupported(
+                OP,
+                "max_q_len with a tree mask",
+                self.max_q_len,
+                format!("up to {MAX_TREE_TOKENS}"),
+            ));
         }
         if !HEAD_DIMS.contains(&shape.head_dim) {
             return Err(Error::unsupported(OP, "head_dim", shape.head_dim, "64, 128, 256"));
@@ -505,6 +543,9 @@ impl AttentionArgs {
         }
         if let Some(lse) = &self.lse {
             lse.check(OP, "lse", states * 4, 4)?;
+        }
+        if let Some(mask) = &self.tree_mask {
+            mask.check(OP, "tree_mask", u64::from(self.num_tokens) * 4, 4)?;
         }
         if let Some(sinks) = &self.sink_logits {
             sinks.check(OP, "sink_logits", u64::from(self.num_qo_heads) * 4, 4)?;

@@ -28,8 +28,10 @@ pub(crate) unsafe fn append(p: &abi::hkv_append_params) {
     unsafe {
         let window = &*p.windows.offset(p.layer as isize);
         let slots = p.slot_mapping.offset(window.group as isize * p.num_tokens as isize);
-        let element = dtype_of(p.kv_dtype).bytes() as isize;
+        let (new_dtype, kv_dtype) = (dtype_of(p.new_dtype), dtype_of(p.kv_dtype));
+        let element = kv_dtype.bytes() as isize;
         let bytes = (p.head_dim as isize * element) as usize;
+        let mut row = vec![0.0; p.head_dim as usize];
         for token in 0..p.num_tokens as i64 {
             let slot = *slots.offset(token as isize);
             if slot < 0 {
@@ -42,6 +44,22 @@ pub(crate) unsafe fn append(p: &abi::hkv_append_params) {
                     + window.layer_slot as i64 * p.kv_stride_layer
                     + head * p.kv_stride_head
                     + offset * p.kv_stride_token;
+                if kv_dtype == Dtype::E4m3 {
+                    let scale = block * p.scale_stride_block
+                        + window.layer_slot as i64 * p.scale_stride_layer
+                        + head * p.scale_stride_head
+                        + offset * p.scale_stride_token;
+                    for (source, target, scales) in
+                        [(p.k_new, p.k, p.k_scale), (p.v_new, p.v, p.v_scale)]
+                    {
+                        load(source.cast(), new_dtype, from, &mut row);
+                        let target = target.cast::<u8>().offset(to as isize);
+                        let target = std::slice::from_raw_parts_mut(target, row.len());
+                        let scale = &mut *scales.offset(scale as isize);
+                        quantise(&row, target, scale, p.scale_stride_token != 0);
+                    }
+                    continue;
+                }
                 for (source, target) in [(p.k_new, p.k), (p.v_new, p.v)] {
                     std::ptr::copy_nonoverlapping(
                         source.cast::<u8>().offset(from as isize * element),
@@ -54,14 +72,33 @@ pub(crate) unsafe fn append(p: &abi::hkv_append_params) {
     }
 }
 
+/// One row to e4m3, in f32 arithmetic as kernels/append.cu has it, to the bit. The scale is read, or computed
+/// and written.
+fn quantise(row: &[f64], target: &mut [u8], scale: &mut f32, compute: bool) {
+    if compute {
+        // `max` passes NaN over.
+        let largest = row.iter().fold(0f32, |max, x| max.max(x.abs() as f32));
+        *scale = (largest / e4m3::MAX).max(e4m3::LEAST_SCALE);
+    }
+    let inverse = 1.0 / *scale;
+    for (element, x) in target.iter_mut().zip(row) {
+        *element = e4m3::from_f32(*x as f32 * inverse);
+    }
+}
+
 /// Attention of a batch over one layer; partial states when `num_splits` is more than 1.
 ///
 /// # Safety
 /// Every address in `p` is valid for what abi/params.h says that the kernel reads or writes there, with
-/// elements of `dtype` and heads of `head_dim` of them.
-pub(crate) unsafe fn attention(p: &abi::hkv_attention_params, dtype: Dtype, head_dim: usize) {
+/// queries and outputs of `dtype`, keys and values of `kv_dtype` and heads of `head_dim` elements.
+pub(crate) unsafe fn attention(
+    p: &abi::hkv_attention_params,
+    dtype: Dtype,
+    kv_dtype: Dtype,
+    head_dim: usize,
+) {
     // SAFETY: the caller vouches for every address in `p`; the offsets follow abi/params.h.
-    let batch = unsafe { Batch::new(p, dtype, head_dim) };
+    let batch = unsafe { Batch::new(p, dtype, kv_dtype, head_dim) };
     let items = batch.sequences.len() * p.num_kv_heads as usize;
     let work: usize = batch.sequences.iter().map(|s| s.kv_len.max(0) as usize * s.q_len()).sum();
     let work = work.saturating_mul(p.num_qo_heads as usize).saturating_mul(head_dim);
@@ -176,6 +213,7 @@ impl Sequence {
 struct Batch<'a> {
     p: &'a abi::hkv_attention_params,
     dtype: Dtype,
+    kv_dtype: Dtype,
     head_dim: usize,
     kind: AttentionKind,
     sink_tokens: u32,
@@ -189,7 +227,12 @@ unsafe impl Sync for Batch<'_> {}
 impl<'a> Batch<'a> {
     /// # Safety
     /// As for [`attention`].
-    unsafe fn new(p: &'a abi::hkv_attention_params, dtype: Dtype, head_dim: usize) -> Self {
+    unsafe fn new(
+        p: &'a abi::hkv_attention_params,
+        dtype: Dtype,
+        kv_dtype: Dtype,
+        head_dim: usize,
+    ) -> Self {
         // SAFETY: the caller vouches for every address in `p`; the offsets follow abi/params.h.
         unsafe {
             let window = &*p.windows.offset(p.layer as isize);
@@ -217,7 +260,7 @@ impl<'a> Batch<'a> {
             };
             let sink_tokens = window.sink_tokens as u32;
             let layer_slot = window.layer_slot.into();
-            Self { p, dtype, head_dim, kind, sink_tokens, layer_slot, sequences }
+            Self { p, dtype, kv_dtype, head_dim, kind, sink_tokens, layer_slot, sequences }
         }
     }
 
@@ -247,17 +290,30 @@ impl<'a> Batch<'a> {
             let row = index * dim..(index + 1) * dim;
             // SAFETY: the caller vouches for the table and for the blocks that it lists.
             unsafe {
-                let at = self.address(sequence, kv_head, position);
-                load(p.k.cast(), self.dtype, at, &mut keys[row.clone()]);
-                load(p.v.cast(), self.dtype, at, &mut values[row]);
+                let place = self.place(sequence, position);
+                let at = self.address(place, kv_head);
+                load(p.k.cast(), self.kv_dtype, at, &mut keys[row.clone()]);
+                load(p.v.cast(), self.kv_dtype, at, &mut values[row.clone()]);
+                let at = self.scale_address(place, kv_head);
+                for (rows, scales) in [(&mut keys, p.k_scale), (&mut values, p.v_scale)] {
+                    if let Some(scale) = optional(scales, at) {
+                        rows[row.clone()].iter_mut().for_each(|x| *x *= scale);
+                    }
+                }
             }
         }
         let group = i64::from(p.num_qo_heads / p.num_kv_heads);
         let mut query = vec![0.0; dim];
         for token in sequence.first_token..sequence.end_token {
             let position = sequence.position(token);
+            // SAFETY: passed on from the caller.
+            let tree =
+                (!p.tree_mask.is_null()).then(|| unsafe { *p.tree_mask.offset(token as isize) });
             let visible: Vec<usize> = (0..positions.len())
-                .filter(|&index| self.sees(position, positions[index]))
+                .filter(|&index| {
+                    let key = positions[index];
+                    self.sees(position, key) && reference::tree_sees(tree, first_query, key)
+                })
                 .collect();
             for head in kv_head * group..(kv_head + 1) * group {
                 // SAFETY: the caller vouches for q and for the outputs; this row is only ours.
@@ -270,11 +326,11 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// Offset in elements of a key (and of its value) from the pool's base.
+    /// The id of the block of a key, and the key's offset in it.
     ///
     /// # Safety
     /// The sequence's row of the block table lists the block of `position`.
-    unsafe fn address(&self, sequence: &Sequence, kv_head: i64, position: i64) -> i64 {
+    unsafe fn place(&self, sequence: &Sequence, position: i64) -> (i64, i64) {
         let p = self.p;
         let block_size = 1i64 << p.block_shift;
         let (block, offset) = (position / block_size, position % block_size);
@@ -285,11 +341,25 @@ impl<'a> Batch<'a> {
             sink_blocks + block - sequence.first_block.max(sink_blocks)
         };
         // SAFETY: passed on from the caller.
-        let id = i64::from(unsafe { *sequence.table.offset(index as isize) });
-        id * p.kv_stride_block
+        (i64::from(unsafe { *sequence.table.offset(index as isize) }), offset)
+    }
+
+    /// Offset in elements of a key (and of its value) from the pool's base.
+    fn address(&self, (block, offset): (i64, i64), kv_head: i64) -> i64 {
+        let p = self.p;
+        block * p.kv_stride_block
             + self.layer_slot * p.kv_stride_layer
             + kv_head * p.kv_stride_head
             + offset * p.kv_stride_token
+    }
+
+    /// Offset of the scale of a key (and of its value) from the first.
+    fn scale_address(&self, (block, offset): (i64, i64), kv_head: i64) -> i64 {
+        let p = self.p;
+        block * p.scale_stride_block
+            + self.layer_slot * p.scale_stride_layer
+            + kv_head * p.scale_stride_head
+            + offset * p.scale_stride_token
     }
 
     /// Computes and writes one row: the final state, or one partial state per split.
@@ -523,7 +593,7 @@ mod tests {
             };
             // SAFETY: all arrays are live and of the sizes that the parameters say.
             unsafe {
-                super::attention(&attention, Dtype::Bf16, DIM);
+                super::attention(&attention, Dtype::Bf16, Dtype::Bf16, DIM);
                 if num_splits > 1 {
                     merge_states(&merge);
                 }

@@ -52,7 +52,7 @@ impl<'a> Batch<'a> {
     pub fn bytes(&self) -> f64 {
         let of = |layer| {
             let tokens: usize = self.visible(layer).sum();
-            tokens * self.model.layers[layer].shape.token_bytes()
+            tokens * self.model.layers[layer].shape.element_bytes()
         };
         (0..self.layers_per_round).map(of).sum::<usize>() as f64
     }
