@@ -311,7 +311,7 @@ def main():
     parser.add_argument("--report", type=pathlib.Path, required=True, help="of `hybridkv bench manager`: read, and written again")
     parser.add_argument("--hybridkv", type=pathlib.Path, default=ROOT / "target/release/hybridkv")
     parser.add_argument("--criterion", type=pathlib.Path, default=ROOT / "target/criterion", help="of `cargo bench --bench manager`")
-    parser.add_argument("--kvbm", type=pathlib.Path, default=ROOT / "validation/kvbm/target/criterion")
+    parser.add_argument("--kvbm", type=pathlib.Path, default=ROOT / "target/kvbm/criterion")
     parser.add_argument("--vllm", type=pathlib.Path, help="keep vLLM's figures in this file, and use those that are there")
     parser.add_argument("--filter", default="", help="only cases whose name holds this")
     options = parser.parse_args()
