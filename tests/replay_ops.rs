@@ -159,6 +159,30 @@ fn write_back_stores_what_is_evicted() {
 }
 
 #[test]
+fn forked_sequences_share_what_they_do_not_write() {
+    let mut s = Session::with(json!({
+        "block_size": 4, "num_blocks": 17, "groups": [{"kind": "full"}], "host": {"blocks": 8},
+    }));
+    s.send(json!({"op": "allocate", "id": "a", "tokens": [1, 2, 3, 4, 5, 6]}));
+    assert_eq!(s.send(json!({"op": "fork", "id": "b", "from": "a"}))["ok"], false, "not computed");
+    s.send(json!({"op": "advance", "id": "a", "computed": 6}));
+    let answer = s.send(json!({"op": "fork", "id": "b", "from": "a"}));
+    assert_eq!(answer, json!({"ok": true, "tokens": 6, "blocks": [[1, 2]]}));
+    assert_eq!(s.send(json!({"op": "fork", "id": "b", "from": "a"}))["ok"], false);
+    // Who goes on first moves onto a copy of the tail block.
+    let answer = s.send(json!({"op": "append", "id": "b", "tokens": [7]}));
+    assert_eq!(answer["new_blocks"], json!([[3]]));
+    let answer = s.send(json!({"op": "append", "id": "a", "tokens": [8]}));
+    assert_eq!(answer["new_blocks"], json!([[]]));
+    assert_eq!(s.send(json!({"op": "state"}))["ref_counts"], json!({"1": 2, "2": 1, "3": 1}));
+    let answer = s.send(json!({"op": "trim", "id": "b", "tokens": 4}));
+    assert_eq!((&answer["freed"], &answer["dependents"]), (&json!([[3]]), &json!([])));
+    assert_eq!(s.send(json!({"op": "rollback", "id": "b", "tokens": 9}))["ok"], false);
+    assert_eq!(s.send(json!({"op": "free", "id": "a"}))["ok"], true);
+    assert_eq!(s.send(json!({"op": "state"}))["ref_counts"], json!({"1": 1}));
+}
+
+#[test]
 fn a_delayed_load_ends_with_the_next_tick() {
     let mut s = offloaded(None);
     s.send(json!({"op": "fault", "where": "load", "kind": "delay", "count": 1}));
@@ -270,6 +294,10 @@ fn operation() -> impl Strategy<Value = Value> {
             "op": "advance", "id": id, "computed": computed, "settled": settled,
         })),
         2 => id.clone().prop_map(|id| json!({ "op": "free", "id": id })),
+        1 => (id.clone(), id.clone())
+            .prop_map(|(id, from)| json!({ "op": "fork", "id": id, "from": from })),
+        1 => (id.clone(), number(), prop::sample::select(vec!["trim", "rollback"]))
+            .prop_map(|(id, n, op)| json!({ "op": op, "id": id, "tokens": n })),
         1 => id.clone().prop_map(|id| json!({ "op": "abort", "id": id })),
         1 => (id, 0..4u64, number()).prop_map(|(id, group, index)| json!({
             "op": "forget", "id": id, "group": group, "block_index": index,
@@ -291,13 +319,14 @@ proptest! {
     fn a_refused_operation_changes_nothing(
         ops in prop::collection::vec(operation(), 1..60),
         host in prop::option::of(1..20u32),
-        mix in 0..4usize,
+        mix in 0..5usize,
     ) {
         let groups = [
             json!([{"kind": "full"}]),
             json!([{"kind": "full"}, {"kind": "sliding", "window": 6, "sink_tokens": 1}]),
             json!([{"kind": "full", "block_size": 8}, {"kind": "chunked", "chunk": 12}]),
             json!([{"kind": "sliding", "window": 9}]),
+            json!([{"kind": "full"}, {"kind": "state"}]),
         ];
         let mut config = json!({ "block_size": 4, "num_blocks": 24, "groups": groups[mix] });
         if let Some(blocks) = host {

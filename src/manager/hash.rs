@@ -148,8 +148,9 @@ impl HashedTokens {
         }
     }
 
-    /// Takes back all but the first `n` tokens (at most as many as there are).
-    pub(super) fn truncate(&mut self, n: usize) {
+    /// Takes back all but the first `n` tokens; none when there are fewer.
+    pub fn truncate(&mut self, n: usize) {
+        let n = n.min(self.num_tokens);
         self.num_tokens = n;
         if let Some(units) = n.checked_div(self.unit) {
             self.hashes.truncate(units);

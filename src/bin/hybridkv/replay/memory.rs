@@ -9,7 +9,7 @@ use std::sync::Arc;
 use hybridkv::device::{Device, PinnedBuffer, Stream};
 use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind};
 use hybridkv::error::Result;
-use hybridkv::manager::{BlockHash, BlockId, Direction, Outcome, Transfer, TransferId};
+use hybridkv::manager::{BlockCopy, BlockHash, BlockId, Direction, Outcome, Transfer, TransferId};
 use hybridkv::ops::Kernels;
 
 use super::ops::{Misbehaviour, Place};
@@ -67,6 +67,11 @@ impl Memory {
         unsafe { self.compute.as_ref().copy(source, self.staging.address(), BLOCK)? };
         self.compute.as_ref().synchronize()?;
         Ok(self.staging.as_slice() == contents(group, hash))
+    }
+
+    /// Copies blocks inside the pool.
+    pub fn copy(&mut self, copies: &[BlockCopy]) -> Result<()> {
+        self.engine.copy_blocks(copies, self.compute.as_ref())
     }
 
     /// Takes a transfer that the manager has emitted.

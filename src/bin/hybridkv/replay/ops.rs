@@ -46,6 +46,18 @@ pub enum Op {
         computed: usize,
         settled: Option<usize>,
     },
+    Fork {
+        id: Id,
+        from: Id,
+    },
+    Trim {
+        id: Id,
+        tokens: usize,
+    },
+    Rollback {
+        id: Id,
+        tokens: usize,
+    },
     Free {
         id: Id,
     },

@@ -83,8 +83,9 @@ fn with_room<T>(
     }
 }
 
-/// Ends all transfers, in the order in which they were emitted.
+/// Ends all copies and transfers, in the order in which they were emitted.
 fn complete_transfers(manager: &mut Manager) -> Result<()> {
+    while manager.next_copy().is_some() {}
     while let Some(transfer) = manager.next_transfer() {
         manager.complete(transfer.id, Outcome::Succeeded)?;
     }

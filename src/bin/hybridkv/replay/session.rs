@@ -5,7 +5,7 @@ use std::io::{BufRead, Write};
 
 use hybridkv::error::{Error, ErrorKind, Result};
 use hybridkv::manager::{
-    Completion, Direction, Event, ExtraKeys, HashedTokens, Hit, Manager, SeqId, WritePolicy,
+    Completion, Cut, Direction, Event, ExtraKeys, HashedTokens, Hit, Manager, SeqId, WritePolicy,
 };
 use serde_json::{Map, Value, json};
 
@@ -140,10 +140,13 @@ impl Session {
             Op::Advance { id, computed, settled } => {
                 self.advance(&id, computed, settled.unwrap_or(computed))
             }
+            Op::Fork { id, from } => self.fork(id, &from),
+            Op::Trim { id, tokens } => self.cut(&id, |m, seq| m.trim(seq, tokens), tokens),
+            Op::Rollback { id, tokens } => self.cut(&id, |m, seq| m.rollback(seq, tokens), tokens),
             Op::Free { id } => {
                 let seq = self.find(&id)?.seq;
                 self.manager.free(seq)?;
-                self.end(&id);
+                self.end(&id)?;
                 Ok(json!({ "ok": true }))
             }
             Op::Abort { id } => self.abort(&id),
@@ -195,7 +198,7 @@ impl Session {
         lookahead: usize,
     ) -> Result<Value> {
         if self.sequences.contains_key(&id) {
-            return Err(Error::invalid(OP, format!("sequence {} exists already", name(&id))));
+            return Err(exists(&id));
         }
         let tokens = tokens.expand()?;
         let max_model_len = self.manager.config().max_model_len as usize;
@@ -209,31 +212,29 @@ impl Session {
             Some(_) => hashed.clone(),
             None => self.manager.hash(&[], keys),
         };
-        let seq = match id {
-            Id::Number(n) if n < FIRST_NUMBER => n,
-            _ => self.next,
-        };
-        let tiers = self.memory.is_some().then(|| {
-            let hit = self.manager.lookup_hashed(&hashed);
-            self.tier_tokens(&hit)
-        });
+        let seq = self.number(&id);
+        let hit = self.memory.is_some().then(|| self.manager.lookup_hashed(&hashed));
         let allocation =
             self.with_room(|manager| manager.allocate_hashed(seq, hashed.clone(), slots))?;
-        let loads = self.collect_transfers();
-        self.next += u64::from(seq == self.next);
-        self.names.insert(seq, id.clone());
+        self.collect_transfers()?;
         let waiting = !allocation.loads.is_empty();
         let sequence = Sequence { seq, tokens: kept, computed: allocation.hit_tokens, waiting };
-        self.sequences.insert(id, sequence);
+        self.begin(id, sequence);
         let mut answer = json!({
             "ok": true,
             "hit_tokens": allocation.hit_tokens,
             "new_blocks": allocation.new_blocks,
             "blocks": self.blocks(seq)?,
         });
-        if let Some(tiers) = tiers {
+        if let Some(hit) = hit {
+            // What the table has of the hit and the device had not.
+            let loads: Vec<usize> = (hit.blocks.iter().zip(self.blocks(seq)?))
+                .map(|(found, table)| {
+                    found.iter().zip(table).filter(|&(found, id)| *found == 0 && *id != 0).count()
+                })
+                .collect();
             answer["device_hit_tokens"] = allocation.device_hit_tokens.into();
-            answer["tiers"] = tiers;
+            answer["tiers"] = self.tier_tokens(&hit);
             answer["loads"] = loads.into();
             answer["ready"] = (!waiting).into();
         }
@@ -249,7 +250,7 @@ impl Session {
         {
             sequence.tokens.push(&tokens);
         }
-        self.collect_transfers();
+        self.collect_transfers()?;
         Ok(json!({ "ok": true, "new_blocks": new_blocks }))
     }
 
@@ -277,25 +278,67 @@ impl Session {
             }
         }
         sequence.computed = computed;
-        self.collect_transfers();
+        self.collect_transfers()?;
         Ok(json!({ "ok": true, "freed": freed }))
+    }
+
+    fn fork(&mut self, id: Id, from: &Id) -> Result<Value> {
+        if self.sequences.contains_key(&id) {
+            return Err(exists(&id));
+        }
+        let (seq, parent) = (self.number(&id), self.find(from)?);
+        let mut tokens = parent.tokens.clone();
+        let shared = self.manager.fork(parent.seq, seq)?;
+        tokens.truncate(shared);
+        self.begin(id, Sequence { seq, tokens, computed: shared, waiting: false });
+        Ok(json!({ "ok": true, "tokens": shared, "blocks": self.blocks(seq)? }))
+    }
+
+    fn cut(
+        &mut self,
+        id: &Id,
+        cut: impl Fn(&mut Manager, SeqId) -> Result<Cut>,
+        tokens: usize,
+    ) -> Result<Value> {
+        let sequence = self.sequences.get_mut(id).ok_or_else(|| unknown(id))?;
+        let Cut { freed, dependents } = cut(&mut self.manager, sequence.seq)?;
+        sequence.tokens.truncate(tokens);
+        sequence.computed = sequence.computed.min(tokens);
+        self.collect_transfers()?;
+        Ok(json!({ "ok": true, "freed": freed, "dependents": self.ids(&dependents) }))
+    }
+
+    fn ids(&self, sequences: &[SeqId]) -> Vec<&Id> {
+        sequences.iter().filter_map(|seq| self.names.get(seq)).collect()
+    }
+
+    /// The manager's name of a sequence to come.
+    fn number(&self, id: &Id) -> SeqId {
+        match *id {
+            Id::Number(n) if n < FIRST_NUMBER => n,
+            _ => self.next,
+        }
+    }
+
+    fn begin(&mut self, id: Id, sequence: Sequence) {
+        self.next += u64::from(sequence.seq == self.next);
+        self.names.insert(sequence.seq, id.clone());
+        self.sequences.insert(id, sequence);
     }
 
     fn abort(&mut self, id: &Id) -> Result<Value> {
         let seq = self.find(id)?.seq;
         let dependents = self.manager.abort(seq)?;
-        self.end(id);
-        let dependents: Vec<&Id> =
-            dependents.iter().filter_map(|other| self.names.get(other)).collect();
-        Ok(json!({ "ok": true, "dependents": dependents }))
+        self.end(id)?;
+        Ok(json!({ "ok": true, "dependents": self.ids(&dependents) }))
     }
 
     /// Forgets a sequence that the manager has ended.
-    fn end(&mut self, id: &Id) {
+    fn end(&mut self, id: &Id) -> Result<()> {
         if let Some(sequence) = self.sequences.remove(id) {
             self.names.remove(&sequence.seq);
         }
-        self.collect_transfers();
+        self.collect_transfers()
     }
 
     /// Whole tables, with 0 at freed and skipped positions.
@@ -311,7 +354,7 @@ impl Session {
                 Err(error) if matches!(error.kind(), ErrorKind::NoFreeBlocks { .. }) => error,
                 result => return result,
             };
-            self.collect_transfers();
+            self.collect_transfers()?;
             let mut stored = false;
             while let Some(memory) = &mut self.memory
                 && self.write_back
@@ -326,16 +369,19 @@ impl Session {
         }
     }
 
-    /// Hands emitted transfers to the memory; gives the number of loads per group.
-    fn collect_transfers(&mut self) -> Vec<usize> {
-        let mut loads = vec![0; self.manager.config().groups.len()];
+    /// Executes emitted copies and hands emitted transfers to the memory.
+    fn collect_transfers(&mut self) -> Result<()> {
+        while let Some(copy) = self.manager.next_copy() {
+            if let Some(memory) = &mut self.memory {
+                memory.copy(&[copy])?;
+            }
+        }
         if let Some(memory) = &mut self.memory {
             while let Some(transfer) = self.manager.next_transfer() {
-                loads[transfer.group as usize] += usize::from(transfer.seq.is_some());
                 memory.push(transfer);
             }
         }
-        loads
+        Ok(())
     }
 
     /// Tokens of a hit by the slowest tier that any group needs for them.
@@ -365,12 +411,12 @@ impl Session {
                 }
                 Completion::Dropped { seq } => {
                     if let Some(id) = self.names.get(&seq).cloned() {
-                        self.end(&id);
+                        self.end(&id)?;
                         dropped.push(json!(id));
                     }
                 }
             }
-            self.collect_transfers();
+            self.collect_transfers()?;
         }
         if let Some(memory) = &mut self.memory {
             memory.end_tick();
@@ -430,6 +476,10 @@ impl Session {
 fn event(event: &Event) -> Value {
     let Event { kind, group, tier, indices, .. } = event;
     json!({ "event": kind, "group": group, "tier": tier, "indices": indices })
+}
+
+fn exists(id: &Id) -> Error {
+    Error::invalid(OP, format!("sequence {} exists already", name(id)))
 }
 
 fn unknown(id: &Id) -> Error {
