@@ -4,8 +4,9 @@
 use super::groups::align_down;
 use super::grow::{Goal, Grower, grow, lacking};
 use super::pool::NULL;
-use super::prefix::{Found, Search};
+use super::prefix::{Found, Search, Worth};
 use super::sequence::Row;
+use super::storage::{Load, Waiter};
 use super::*;
 
 impl Manager {
@@ -48,7 +49,7 @@ impl Manager {
         // Before the hashing, which a refusal can do without.
         self.check_new(OP, seq, prompt.len())?;
         let mut tokens = self.hash(prompt, keys);
-        let found = self.search(&tokens);
+        let found = self.search(&tokens, prompt.len(), self.uses_storage(seq));
         let num_tokens = prompt.len().min(found.tokens.saturating_add(budget));
         if num_tokens < prompt.len() {
             tokens.truncate(num_tokens);
@@ -65,8 +66,9 @@ impl Manager {
 
     /// [`Self::lookup`] with hashes from [`Self::hash`].
     pub fn lookup_hashed(&self, tokens: &HashedTokens) -> Hit {
-        let found = self.search(tokens);
-        Hit { tokens: found.tokens, device_tokens: found.device_tokens, blocks: found.rows }
+        let Found { tokens, device_tokens, host_tokens, rows: blocks, .. } =
+            self.search(tokens, tokens.len(), true);
+        Hit { tokens, device_tokens, host_tokens, blocks }
     }
 
     /// [`Self::allocate`] with hashes from [`Self::hash`].
@@ -81,8 +83,8 @@ impl Manager {
     ) -> Result<Allocation> {
         const OP: &str = "allocate";
         self.check_new(OP, seq, tokens.len())?;
-        let found = self.search(&tokens);
         let prompt = tokens.len();
+        let found = self.search(&tokens, prompt, self.uses_storage(seq));
         self.place(OP, seq, tokens, prompt, found, lookahead)
     }
 
@@ -103,13 +105,23 @@ impl Manager {
         check_length(op, tokens, self.config.max_model_len as usize)
     }
 
-    /// The joint hit of a prompt.
-    fn search(&self, tokens: &HashedTokens) -> Found {
+    /// Whether a sequence of this name looks into storage: one that was prefetched takes what has arrived.
+    fn uses_storage(&self, seq: SeqId) -> bool {
+        !self.prefetches.contains(seq)
+    }
+
+    /// The joint hit of what is given of a prompt of `prompt` tokens, with or without storage.
+    pub(super) fn search(&self, tokens: &HashedTokens, prompt: usize, storage: bool) -> Found {
+        let host = self.host.as_ref().filter(|host| host.breaker.is_closed());
+        let threshold = self.config.host.map_or(0, |host| host.load_back_threshold as usize);
         let search = Search {
             groups: &self.groups,
             alignment: self.policy.alignment,
             device: &self.device,
-            host: self.host.as_ref(),
+            host,
+            // What comes from storage comes through the host.
+            storage: host.and(self.storage.as_ref()).filter(|s| storage && s.breaker.is_closed()),
+            worth: Worth { threshold, cost: self.cost.as_ref(), prompt },
             hashes: tokens.hashes(),
         };
         // The last token is always computed: its output is wanted.
@@ -126,7 +138,7 @@ impl Manager {
         found: Found,
         lookahead: usize,
     ) -> Result<Allocation> {
-        let Found { tokens: hit, device_tokens, junction, rows } = found;
+        let Found { tokens: hit, device_tokens, host_tokens, junction, rows } = found;
         let num_tokens = tokens.len();
         let max_model_len = self.config.max_model_len as usize;
         let slots = num_tokens.saturating_add(lookahead).min(max_model_len);
@@ -212,14 +224,18 @@ impl Manager {
         grow(grower, &mut sequence.rows, hit, goal, |g, id| new_blocks[g].push(id));
         cache(groups, policy, device, events, &mut sequence);
         self.sequences.insert(seq, sequence);
+        self.cancel_prefetch(seq);
+        self.pump();
 
         self.stats.allocations += 1;
         self.stats.prompt_tokens += prompt as u64;
         self.stats.hit_tokens += hit as u64;
         self.stats.device_hit_tokens += device_tokens as u64;
+        self.stats.host_hit_tokens += host_tokens as u64;
         Ok(Allocation {
             hit_tokens: hit,
             device_hit_tokens: device_tokens,
+            host_hit_tokens: host_tokens,
             num_tokens,
             new_blocks,
             loads,
@@ -276,7 +292,8 @@ impl Manager {
         Ok(())
     }
 
-    /// Takes a block, pins it and its copy on the host (R1), and emits the transfer that fills it.
+    /// Takes a block, pins it and its copy in a lower tier (R1), and emits the transfer that fills it, or the
+    /// first of the two.
     fn load(
         &mut self,
         group: usize,
@@ -284,16 +301,20 @@ impl Manager {
         index: usize,
         (seq, generation): (SeqId, u64),
     ) -> Option<(BlockId, TransferId)> {
-        let host = self.host.as_mut()?;
-        let slot = host.find(group, &hash)?;
+        let slot = self.host.as_ref()?.find(group, &hash);
+        let from = match slot {
+            Some(_) => None,
+            None => Some(self.storage.as_ref()?.find(group, &hash)?),
+        };
         let block = self.device.take(group, &mut self.events)?;
-        host.pin(slot);
-        host.touch(slot);
-        host.stats[group].hit_blocks += 1;
         self.device.pool.pin(block);
-        self.stats.of(Direction::Onboard).started += 1;
-        let path = Path::Onboard { from: slot, to: block };
-        let id = self.flights.start(path, (group, hash), index, Some((seq, generation)));
+        let id = self.flights.name();
+        let load = Load { seq, generation, group, hash, index, block, id };
+        match (slot, from) {
+            (Some(slot), _) => self.onboard(&load, slot),
+            (None, Some(from)) => self.want(from, Waiter::Load(load)),
+            (None, None) => {}
+        }
         Some((block, id))
     }
 }

@@ -408,7 +408,10 @@ impl Host {
     fn new(slots: &Value) -> Self {
         let mut events = Events::default();
         events.enabled = true;
-        Self { tier: SlotTier::new(Tier::Host, number(slots) as u32, 1), events }
+        Self {
+            tier: SlotTier::new(Tier::Host, number(slots) as u32, 1, HostConfig::new(0).breaker),
+            events,
+        }
     }
 
     fn store(&mut self, keys: &[u32]) -> Option<Vec<(u32, HostSlot)>> {

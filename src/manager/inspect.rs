@@ -75,8 +75,16 @@ impl Manager {
 
     /// All counters.
     pub fn stats(&self) -> Stats {
-        let host = self.host.as_ref().map_or(Vec::new(), |host| host.stats.clone());
-        Stats { device: self.device.stats.clone(), host, ..self.stats.clone() }
+        let stats = |tier: &Option<SlotTier>| tier.as_ref().map(|t| t.stats.clone());
+        let breaker = |tier: &Option<SlotTier>| tier.as_ref().map(|t| t.breaker.state());
+        Stats {
+            device: self.device.stats.clone(),
+            host: stats(&self.host).unwrap_or_default(),
+            storage: stats(&self.storage).unwrap_or_default(),
+            host_breaker: breaker(&self.host).unwrap_or_default(),
+            storage_breaker: breaker(&self.storage).unwrap_or_default(),
+            ..self.stats.clone()
+        }
     }
 
     /// How full the tiers are. Looks at every block of the pool.
@@ -101,6 +109,10 @@ impl Manager {
             host_used: self.host.as_ref().map_or(0, SlotTier::used),
             host_pinned: self.host.as_ref().map_or(0, SlotTier::pinned),
             host_cached: self.host.as_ref().map_or(Vec::new(), |host| cached(&host.stats)),
+            storage_capacity: self.storage.as_ref().map_or(0, SlotTier::capacity),
+            storage_used: self.storage.as_ref().map_or(0, SlotTier::used),
+            storage_pinned: self.storage.as_ref().map_or(0, SlotTier::pinned),
+            storage_cached: self.storage.as_ref().map_or(Vec::new(), |s| cached(&s.stats)),
         }
     }
 

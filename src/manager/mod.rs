@@ -17,6 +17,7 @@ mod hash;
 mod inspect;
 mod offload;
 mod pool;
+mod prefetch;
 mod prefix;
 mod prometheus;
 mod queue;
@@ -24,6 +25,7 @@ mod retention;
 mod sequence;
 mod states;
 mod stats;
+mod storage;
 mod tiers;
 mod transfer;
 
@@ -32,9 +34,13 @@ use std::collections::{HashSet, VecDeque};
 pub use self::branch::{BlockCopy, Cut};
 pub use self::events::{Event, EventKind, Tier};
 pub use self::hash::{BlockHash, HashedTokens};
+pub use self::prefetch::Prefetch;
 pub use self::states::StateStep;
 pub use self::stats::{Stats, TierStats, TransferStats, Usage};
-pub use self::tiers::{HostConfig, StoredBlock, WritePolicy};
+pub use self::tiers::{
+    BreakerConfig, BreakerState, Candidate, CostModel, HostConfig, PrefetchPolicy, StorageConfig,
+    StoredBlock, WritePolicy,
+};
 pub use self::transfer::{Direction, Path, Place, Transfer};
 
 use self::allocate::cache;
@@ -43,8 +49,10 @@ use self::groups::Group;
 use self::hash::CheapMap;
 use self::offload::offer;
 use self::pool::{Block, NULL, Pool};
+use self::prefetch::Prefetches;
 use self::retention::{Boundaries, Policy};
 use self::sequence::{Inherited, Row, Sequence};
+use self::storage::Fetches;
 use self::tiers::device::DeviceTier;
 use self::tiers::slots::SlotTier;
 use self::transfer::Flights;
@@ -153,6 +161,8 @@ pub struct Hit {
     pub tokens: usize,
     /// Tokens every group can serve from the device alone.
     pub device_tokens: usize,
+    /// Tokens every group can serve from device and host.
+    pub host_tokens: usize,
     /// Per group, `tokens / block_size` device block ids; 0 where a block is not needed or not on the device.
     pub blocks: Vec<Vec<BlockId>>,
 }
@@ -164,6 +174,8 @@ pub struct Allocation {
     pub hit_tokens: usize,
     /// The part of them that is on the device already.
     pub device_hit_tokens: usize,
+    /// The part of them that is on the device or on the host.
+    pub host_hit_tokens: usize,
     /// Per group, blocks newly taken from the pool (targets of loads included).
     pub new_blocks: Vec<Vec<BlockId>>,
     /// Tokens that have slots: all, or those up to the budget of [`Manager::allocate_prefill`].
@@ -223,6 +235,17 @@ pub struct Manager {
     hash_block: usize,
     device: DeviceTier,
     host: Option<SlotTier>,
+    storage: Option<SlotTier>,
+    storage_config: Option<StorageConfig>,
+    cost: Option<CostModel>,
+    fetches: Fetches,
+    prefetches: Prefetches,
+    /// Host slots whose blocks are to go to storage.
+    to_persist: VecDeque<HostSlot>,
+    /// What became of sequences, to be told.
+    told: VecDeque<Completion>,
+    /// Nanoseconds, as last told.
+    now: u64,
     sequences: CheapMap<SeqId, Sequence>,
     generation: u64,
     flights: Flights,
@@ -289,7 +312,17 @@ impl Manager {
             policy: Policy { retention: config.retention, alignment },
             hash_block: if config.prefix_caching { unit } else { 0 },
             device: DeviceTier::new(Pool::new(config.num_blocks), groups.len()),
-            host: config.host.map(|host| SlotTier::new(Tier::Host, host.num_slots, groups.len())),
+            host: config
+                .host
+                .map(|host| SlotTier::new(Tier::Host, host.num_slots, groups.len(), host.breaker)),
+            storage: None,
+            storage_config: None,
+            cost: None,
+            fetches: Fetches::default(),
+            prefetches: Prefetches::default(),
+            to_persist: VecDeque::new(),
+            told: VecDeque::new(),
+            now: 0,
             sequences: CheapMap::default(),
             generation: 0,
             flights: Flights::default(),
@@ -363,6 +396,7 @@ impl Manager {
             let (flights, stats) = (&mut self.flights, &mut self.stats);
             let events = &mut self.events;
             offer(&self.groups, config, &mut self.device, host, flights, events, stats, sequence);
+            Self::settle(host, &mut self.to_persist, &self.groups, sequence, settled);
         }
         for (g, (group, row)) in self.groups.iter().zip(&mut sequence.rows).enumerate() {
             let first = group.first_needed(settled);
@@ -377,13 +411,14 @@ impl Manager {
                 row.first_live = first;
             }
         }
+        self.pump_persists();
         Ok(())
     }
 
     /// Ends a sequence; its cached blocks stay findable until they are reused. All its tokens count as
     /// submitted: one whose work will not be done is to be aborted instead.
     pub fn free(&mut self, seq: SeqId) -> Result<()> {
-        let Some(sequence) = self.sequences.remove(&seq) else {
+        let Some(mut sequence) = self.sequences.remove(&seq) else {
             return Err(Error::new("free", ErrorKind::UnknownSequence(seq)));
         };
         for row in &sequence.rows {
@@ -399,7 +434,9 @@ impl Manager {
                     }
                 }
             }
+            Self::settle(host, &mut self.to_persist, &self.groups, &mut sequence, usize::MAX);
         }
+        self.pump();
         Ok(())
     }
 
@@ -489,20 +526,21 @@ impl Manager {
         Ok(())
     }
 
-    /// Empties the prefix index of every tier; `false`, with nothing changed, while a block is in use.
+    /// Empties the prefix index of every tier; `false`, with nothing changed, while a block is in use. A
+    /// storage tier is detached: clear its store, and attach it again.
     pub fn reset_prefix_cache(&mut self) -> bool {
         if self.device.pool.available() < self.capacity() {
             return false;
         }
         self.device.clear();
-        if let Some(host) = &mut self.host {
-            host.clear();
-        }
+        self.cancel_prefetches();
+        self.detach_storage();
+        self.to_persist.clear();
         for g in 0..self.groups.len() as u32 {
             self.events.cleared(g, Tier::Device);
-            if self.host.is_some() {
-                self.events.cleared(g, Tier::Host);
-            }
+        }
+        if let Some(host) = &mut self.host {
+            host.clear(&mut self.events);
         }
         true
     }

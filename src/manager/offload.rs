@@ -48,10 +48,12 @@ pub(super) fn offer(
             block.uses = block.uses.saturating_add(1);
         } else if block.cached {
             let hash = sequence.tokens.hashes()[groups[g].key_index(b)];
-            let room = flights.in_flight(Direction::Offload) < config.max_offloads as usize;
+            let room = flights.in_flight(Direction::Offload) < config.max_offloads as usize
+                && host.lets_through();
             match if room { host.reserve((g, hash), b as u32, events) } else { Reserved::Full } {
                 Reserved::Held => {}
                 Reserved::New(slot) => {
+                    host.started();
                     device.pool.pin(id);
                     let path = Path::Offload { from: id, to: slot };
                     flights.start(path, (g, hash), b, None);
@@ -111,10 +113,17 @@ impl Manager {
                 waiting += usize::from(position < fresh);
                 continue;
             }
-            match host.reserve(key, block.index, events) {
+            let reserved = match host.lets_through() {
+                true => host.reserve(key, block.index, events),
+                false => Reserved::Full,
+            };
+            match reserved {
                 // A twin of a block before it.
                 Reserved::Held => {}
                 Reserved::New(slot) => {
+                    host.started();
+                    // Nobody uses it any more.
+                    host.settle(key.0, &key.1);
                     device.pool.pin(id);
                     flights.start(
                         Path::Offload { from: id, to: slot },

@@ -17,6 +17,8 @@ pub(super) struct Row {
     pub offered: usize,
     /// Those of them that it took or had, ascending.
     pub stored: Vec<u32>,
+    /// How many of these are known to be settled.
+    pub settled: usize,
 }
 
 impl Row {
@@ -25,6 +27,7 @@ impl Row {
         self.considered = self.considered.min(b);
         self.offered = self.offered.min(b);
         self.stored.retain(|&stored| (stored as usize) < b);
+        self.settled = self.settled.min(self.stored.len());
     }
 }
 

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::Direction;
+use super::{BreakerState, Direction};
 
 /// Counters of one group in one tier. All but the occupancy only grow.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
@@ -41,6 +41,8 @@ pub struct Stats {
     pub hit_tokens: u64,
     /// Those of them that the device alone could serve.
     pub device_hit_tokens: u64,
+    /// Those of them that device and host could serve.
+    pub host_hit_tokens: u64,
     /// Offloads.
     pub offloads: TransferStats,
     /// Offers to the host tier that found no slots and were put off.
@@ -59,6 +61,12 @@ pub struct Stats {
     pub device: Vec<TierStats>,
     /// Per group, the host tier; empty without one.
     pub host: Vec<TierStats>,
+    /// Per group, the storage tier; empty without one.
+    pub storage: Vec<TierStats>,
+    /// Whether the host tier is left alone; closed without one.
+    pub host_breaker: BreakerState,
+    /// Whether the storage tier is left alone; closed without one.
+    pub storage_breaker: BreakerState,
 }
 
 impl Stats {
@@ -94,4 +102,12 @@ pub struct Usage {
     pub host_pinned: usize,
     /// Per group, findable blocks; empty without a host tier.
     pub host_cached: Vec<usize>,
+    /// Slots of the storage tier; 0 without one.
+    pub storage_capacity: usize,
+    /// Slots that hold or receive a block.
+    pub storage_used: usize,
+    /// Slots that transfers use, or loads that wait.
+    pub storage_pinned: usize,
+    /// Per group, findable blocks; empty without a storage tier.
+    pub storage_cached: Vec<usize>,
 }

@@ -7,6 +7,7 @@ use super::events::{EventKind, Tier};
 use super::hash::BlockHash;
 use super::pool::NULL;
 use super::prefix::fixed_point;
+use super::storage::Load;
 use super::*;
 
 /// Which way a transfer goes.
@@ -154,24 +155,40 @@ pub(super) struct Flights {
 }
 
 impl Flights {
+    /// A name for a transfer.
+    pub fn name(&mut self) -> TransferId {
+        self.next += 1;
+        self.next - 1
+    }
+
     /// Emits a transfer of block `index` of its sequence; `waiting` is the sequence that waits for it and
     /// its generation.
     pub fn start(
         &mut self,
         path: Path,
+        key: (usize, BlockHash),
+        index: usize,
+        waiting: Option<(SeqId, u64)>,
+    ) {
+        let id = self.name();
+        self.start_as(id, path, key, index, waiting);
+    }
+
+    /// [`Self::start`] under a name of [`Self::name`].
+    pub fn start_as(
+        &mut self,
+        id: TransferId,
+        path: Path,
         (group, hash): (usize, BlockHash),
         index: usize,
         waiting: Option<(SeqId, u64)>,
-    ) -> TransferId {
-        let id = self.next;
-        self.next += 1;
+    ) {
         let seq = waiting.map(|(seq, _)| seq);
         let transfer = Transfer { id, path, group: group as u32, hash, seq };
         let generation = waiting.map_or(0, |(_, generation)| generation);
         self.flying.insert(id, Flight { transfer, started: false, index, generation });
         self.outbox.push_back(id);
         self.by_direction[path.direction() as usize] += 1;
-        id
     }
 
     /// Takes out a transfer that has been handed out.
@@ -212,12 +229,13 @@ impl Manager {
         self.flights.len()
     }
 
-    /// Takes the answer to a transfer.
+    /// Takes the answer to a transfer. Gives what it means for a sequence that waited for it; the rest, when it
+    /// concerns several, follows by [`Self::next_completion`].
     ///
     /// # Errors
     /// `UnknownTransfer` for one that is not outstanding (R10); nothing is changed.
     pub fn complete(&mut self, id: TransferId, outcome: Outcome) -> Result<Completion> {
-        let (Some(flight), Some(host)) = (self.flights.end(id), self.host.as_mut()) else {
+        let Some(flight) = self.flights.end(id) else {
             return Err(Error::new("complete", ErrorKind::UnknownTransfer(id)));
         };
         let Transfer { path, group, hash, seq, .. } = flight.transfer;
@@ -226,55 +244,106 @@ impl Manager {
         let stats = self.stats.of(path.direction());
         stats.succeeded += u64::from(succeeded);
         stats.failed += u64::from(!succeeded);
-        let (slot, block) = match path {
+        // A tier that was detached stays until its transfers are answered.
+        match path {
             Path::Offload { from: block, to: slot } => {
                 self.device.pool.unpin(block);
-                host.stored(slot, succeeded, &mut self.events);
+                if let Some(host) = &mut self.host {
+                    host.ended(succeeded);
+                    host.stored(slot, succeeded, &mut self.events);
+                }
                 if !succeeded {
                     self.drop_evicted(block);
                 }
-                return Ok(Completion::Pending);
+                self.slot_written(slot);
             }
-            Path::Onboard { from: slot, to: block } => (slot, block),
-            Path::Persist { .. } | Path::Fetch { .. } => return Ok(Completion::Pending),
-        };
-        self.device.pool.unpin(block);
-
-        // What a slot held when it was pinned may have been disowned since, and what could not be loaded
-        // must not be hit again.
-        succeeded &= host.is_resident(slot);
-        if !succeeded {
-            host.discard(slot, &mut self.events);
+            Path::Onboard { from: slot, to: block } => {
+                self.device.pool.unpin(block);
+                if let Some(host) = &mut self.host {
+                    host.ended(succeeded);
+                    // What a slot held when it was pinned may have been disowned since, and what could not
+                    // be loaded must not be hit again.
+                    succeeded &= host.is_resident(slot);
+                    if !succeeded {
+                        host.discard(slot, &mut self.events);
+                    }
+                    host.unpin(slot);
+                }
+                let (group, index, generation) = (group as usize, flight.index, flight.generation);
+                if let Some(seq) = seq {
+                    let load = Load { seq, generation, group, hash, index, block, id };
+                    self.load_ended(&load, succeeded);
+                }
+            }
+            Path::Persist { from: slot, to } => {
+                if let Some(host) = &mut self.host {
+                    host.unpin(slot);
+                }
+                if let Some(storage) = &mut self.storage {
+                    storage.ended(succeeded);
+                    storage.stored(to, succeeded, &mut self.events);
+                }
+            }
+            Path::Fetch { from, to: slot } => {
+                if let Some(storage) = &mut self.storage {
+                    storage.ended(succeeded);
+                    // As above: disowned meanwhile, or not to be had.
+                    succeeded &= storage.is_resident(from);
+                    if !succeeded {
+                        storage.discard(from, &mut self.events);
+                    }
+                    storage.unpin(from);
+                }
+                if let Some(host) = &mut self.host {
+                    host.stored(slot, succeeded, &mut self.events);
+                }
+                self.slot_written(slot);
+            }
         }
-        host.unpin(slot);
+        if self.storage.as_ref().is_some_and(|storage| !storage.lets_through()) {
+            // A tier that is left alone keeps nobody waiting.
+            self.give_up_fetches();
+        }
+        self.pump();
+        self.forget_drained();
+        Ok(self.told.pop_front().unwrap_or(Completion::Pending))
+    }
+
+    /// One of the blocks that a sequence waits for has come, or will not.
+    pub(super) fn load_ended(&mut self, load: &Load, succeeded: bool) {
         // R10: the sequence that asked for the block may be gone, and another one have its name.
-        let Some((seq, sequence)) = seq
-            .and_then(|seq| Some((seq, self.sequences.get_mut(&seq)?)))
-            .filter(|(_, sequence)| sequence.generation == flight.generation)
+        let seq = load.seq;
+        let Some(sequence) =
+            self.sequences.get_mut(&seq).filter(|sequence| sequence.generation == load.generation)
         else {
-            return Ok(Completion::Pending);
+            return;
         };
         if succeeded {
-            self.device.insert(group as usize, hash, flight.index, block);
-            self.events.push(EventKind::Stored, group, Tier::Device, flight.index as u32, hash);
+            self.device.insert(load.group, load.hash, load.index, load.block);
+            let (group, index) = (load.group as u32, load.index as u32);
+            self.events.push(EventKind::Stored, group, Tier::Device, index, load.hash);
         } else {
-            sequence.lost.push((group as usize, flight.index));
+            sequence.lost.push((load.group, load.index));
         }
         sequence.loading -= 1;
         if sequence.loading > 0 {
-            return Ok(Completion::Pending);
+            return;
         }
         if sequence.lost.is_empty() {
             cache(&self.groups, &self.policy, &mut self.device, &mut self.events, sequence);
-            return Ok(Completion::Ready { seq, valid_tokens: sequence.computed });
+            let valid_tokens = sequence.computed;
+            self.told.push_back(Completion::Ready { seq, valid_tokens });
+            return;
         }
-        match self.repair(seq) {
-            Some(valid_tokens) => Ok(Completion::Ready { seq, valid_tokens }),
+        let told = match self.repair(seq) {
+            Some(valid_tokens) => Completion::Ready { seq, valid_tokens },
             None => {
-                self.free(seq)?;
-                Ok(Completion::Dropped { seq })
+                // It is there: its loads have just ended.
+                let _ = self.free(seq);
+                Completion::Dropped { seq }
             }
-        }
+        };
+        self.told.push_back(told);
     }
 
     /// Cuts a sequence of which loads have failed back to the longest prefix that is whole in every group,

@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use hybridkv::manager::{
-    Completion, ExtraKeys, HostConfig, Manager, ManagerConfig, Outcome, Path, Place, Transfer,
-    WritePolicy,
+    Completion, ExtraKeys, HostConfig, Manager, ManagerConfig, Outcome, Path, Place, StorageConfig,
+    Transfer, WritePolicy,
 };
 use proptest::prelude::*;
 
@@ -44,6 +44,10 @@ struct World {
     config: ManagerConfig,
     device: Vec<[Kv; 4]>,
     host: Vec<[Kv; 4]>,
+    storage: Vec<[Kv; 4]>,
+    now: u64,
+    /// Whether anything was ever prefetched.
+    prefetched: bool,
     /// In the order of their allocation: a later one's work is submitted behind an earlier one's.
     sequences: BTreeMap<u64, Sequence>,
     flying: Vec<Transfer>,
@@ -57,6 +61,9 @@ impl World {
             m: Manager::new(config.clone()).unwrap(),
             device: vec![[None; 4]; config.num_blocks as usize],
             host: vec![[None; 4]; slots as usize],
+            storage: Vec::new(),
+            now: 0,
+            prefetched: false,
             sequences: BTreeMap::new(),
             flying: Vec::new(),
             next: 0,
@@ -78,7 +85,7 @@ impl World {
             match transfer.path.to() {
                 Place::Host(slot) => self.host[slot as usize] = [None; 4],
                 Place::Device(block) => self.device[block as usize] = [None; 4],
-                Place::Storage(_) => unreachable!("no storage tier"),
+                Place::Storage(slot) => self.storage[slot as usize] = [None; 4],
             }
             self.flying.push(transfer);
         }
@@ -90,11 +97,24 @@ impl World {
             match transfer.path {
                 Path::Offload { from, to } => self.host[to as usize] = self.device[from as usize],
                 Path::Onboard { from, to } => self.device[to as usize] = self.host[from as usize],
-                Path::Persist { .. } | Path::Fetch { .. } => unreachable!("no storage tier"),
+                Path::Persist { from, to } => {
+                    self.storage[to as usize] = self.host[from as usize];
+                }
+                Path::Fetch { from, to } => self.host[to as usize] = self.storage[from as usize],
             }
         }
-        match self.m.complete(transfer.id, outcome).unwrap() {
+        let first = self.m.complete(transfer.id, outcome).unwrap();
+        self.hear(first);
+        self.hear_all();
+        assert!(self.m.complete(transfer.id, outcome).is_err(), "answered twice");
+    }
+
+    fn hear(&mut self, completion: Completion) {
+        match completion {
             Completion::Pending => {}
+            // Freed before it was told.
+            Completion::Ready { seq, .. } | Completion::Dropped { seq }
+                if !self.sequences.contains_key(&seq) => {}
             Completion::Ready { seq, valid_tokens } => {
                 let sequence = self.sequences.get_mut(&seq).unwrap();
                 assert!(valid_tokens <= sequence.computed);
@@ -105,7 +125,33 @@ impl World {
                 self.sequences.remove(&seq).unwrap();
             }
         }
-        assert!(self.m.complete(transfer.id, outcome).is_err(), "answered twice");
+    }
+
+    fn hear_all(&mut self) {
+        while let Some(completion) = self.m.next_completion() {
+            self.hear(completion);
+        }
+    }
+
+    /// Attaches an empty storage tier, unless one is there.
+    fn attach_storage(&mut self, num_slots: u32) {
+        let config = StorageConfig {
+            max_fetches: 1 + num_slots / 4,
+            max_persists: 1 + num_slots / 3,
+            prefetch_threshold: 1,
+            ..StorageConfig::new(num_slots)
+        };
+        if self.m.attach_storage(config, &[]).is_ok() {
+            self.storage = vec![[None; 4]; num_slots as usize];
+        }
+    }
+
+    fn attach_host(&mut self) {
+        if let Some(host) = self.config.host
+            && self.m.attach_host(host).is_ok()
+        {
+            self.host = vec![[None; 4]; host.num_slots as usize];
+        }
     }
 
     fn allocate(&mut self, prompt: &[u32], budget: usize) {
@@ -123,11 +169,13 @@ impl World {
         };
         self.sequences.insert(self.next, sequence);
         self.next += 1;
+        self.hear_all();
     }
 
     /// Ends all transfers, out of order; bit `n % 8` of `failures` says whether the nth fails.
     fn complete_all(&mut self, failures: u8) {
         for n in 0.. {
+            self.start_transfers();
             if self.flying.is_empty() {
                 break;
             }
@@ -265,6 +313,7 @@ impl World {
     }
 
     fn check(&mut self) -> Result<(), TestCaseError> {
+        self.hear_all();
         self.start_transfers();
         let mut counts = BTreeMap::new();
         for &seq in self.sequences.keys() {
@@ -283,12 +332,16 @@ impl World {
         let free: BTreeSet<u32> = self.m.free_queue().into_iter().collect();
         prop_assert_eq!(free.len(), self.m.free_blocks());
         prop_assert!(free.is_disjoint(&busy), "free and in use");
-        prop_assert_eq!(free.len() + busy.len(), self.m.capacity(), "conservation");
+        // A block may wait for its fetch after its sequence has gone.
+        let waiting = self.m.capacity() - free.len() - busy.len();
+        prop_assert!(waiting == 0 || self.m.usage().storage_pinned > 0, "conservation");
         prop_assert_eq!(self.m.transfers_in_flight(), self.flying.len());
         let usage = self.m.usage();
         prop_assert!(usage.host_used <= usage.host_capacity);
         let slots: BTreeSet<u32> = self.flying.iter().map(|t| t.path.slot()).collect();
-        prop_assert_eq!(usage.host_pinned, slots.len());
+        let prefetched = usage.host_pinned - slots.len();
+        prop_assert!(prefetched == 0 || self.prefetched, "pinned for nothing");
+        prop_assert!(usage.storage_used <= usage.storage_capacity);
         Ok(())
     }
 }
@@ -350,6 +403,12 @@ enum Op {
         index: usize,
     },
     Reset,
+    Prefetch {
+        prompt: Vec<u32>,
+    },
+    Tick,
+    DetachStorage,
+    DetachHost,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -377,6 +436,10 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0usize..8, 0usize..3, 0usize..24)
             .prop_map(|(at, group, index)| Op::Forget { at, group, index }),
         1 => Just(Op::Reset),
+        4 => prompt().prop_map(|prompt| Op::Prefetch { prompt }),
+        3 => Just(Op::Tick),
+        1 => Just(Op::DetachStorage),
+        1 => Just(Op::DetachHost),
     ]
 }
 
@@ -393,11 +456,17 @@ proptest! {
             2 => Just(WritePolicy::Back),
         ],
         max_offloads in prop_oneof![Just(4096u32), 1u32..6],
+        storage_slots in prop_oneof![1 => Just(0u32), 3 => 1u32..120],
         ops in prop::collection::vec(op(), 1..120),
     ) {
         let host = HostConfig { write, max_offloads, ..HostConfig::new(host_slots) };
         let mut world = World::new(ManagerConfig { host: Some(host), ..config });
         for op in ops {
+            // Tiers that were detached come back once they are drained.
+            world.attach_host();
+            if storage_slots > 0 {
+                world.attach_storage(storage_slots);
+            }
             // Few enough sequences live that cached blocks come and go.
             while world.sequences.len() > 3 {
                 let oldest = *world.sequences.keys().next().unwrap();
@@ -471,6 +540,23 @@ proptest! {
                     let idle = world.m.free_blocks() == world.m.capacity();
                     prop_assert_eq!(world.m.reset_prefix_cache(), idle);
                 }
+                Op::Prefetch { prompt } => {
+                    let tokens = world.m.hash(&prompt, KEYS);
+                    let (seq, now) = (world.next, world.now);
+                    let begun = world.m.prefetch(seq, &tokens, now);
+                    world.prefetched |= begun.is_ok_and(|begun| begun.blocks > 0);
+                }
+                Op::Tick => {
+                    world.now += 700_000_000;
+                    world.m.poll_prefetch(world.now).unwrap();
+                    prop_assert!(world.m.poll_prefetch(world.now - 1).is_err());
+                }
+                Op::DetachStorage => {
+                    world.m.detach_storage();
+                }
+                Op::DetachHost => {
+                    world.m.detach_host();
+                }
             }
             world.check()?;
         }
@@ -485,8 +571,10 @@ proptest! {
             world.sequences.remove(&seq);
         }
         world.complete_all(0);
+        world.m.cancel_prefetch(world.next);
         prop_assert_eq!(world.m.free_blocks(), world.m.capacity());
-        prop_assert_eq!(world.m.usage().host_pinned, 0);
+        let usage = world.m.usage();
+        prop_assert_eq!((usage.host_pinned, usage.storage_pinned), (0, 0));
         for word in 0..3 {
             world.allocate(&[word; 12], 1000);
             world.complete_all(0);

@@ -1,5 +1,6 @@
 //! How the lower tiers are configured.
 
+use super::breaker::BreakerConfig;
 use crate::error::{Error, Result};
 use crate::manager::{BlockHash, StorageSlot};
 
@@ -28,12 +29,23 @@ pub struct HostConfig {
     pub write: WritePolicy,
     /// Offloads in flight at most; what comes on top waits for its turn.
     pub max_offloads: u32,
+    /// A hit that saves fewer tokens than this over what the device holds is not loaded (SGLang's
+    /// `load_back_threshold` is 10).
+    pub load_back_threshold: u32,
+    /// When the tier is left alone.
+    pub breaker: BreakerConfig,
 }
 
 impl HostConfig {
-    /// A write-through tier of this many slots.
+    /// A write-through tier of this many slots from which every hit is loaded.
     pub fn new(num_slots: u32) -> Self {
-        Self { num_slots, write: WritePolicy::Through, max_offloads: 4096 }
+        Self {
+            num_slots,
+            write: WritePolicy::Through,
+            max_offloads: 4096,
+            load_back_threshold: 0,
+            breaker: BreakerConfig { failures: 64, retry_ns: 1_000_000_000 },
+        }
     }
 
     /// The same tier under another write policy.
@@ -42,14 +54,7 @@ impl HostConfig {
     }
 
     pub(in super::super) fn check(&self, op: &'static str) -> Result<()> {
-        if self.num_slots == u32::MAX {
-            return Err(Error::unsupported(
-                op,
-                "a number of host slots of",
-                u32::MAX,
-                format!("up to {}", u32::MAX - 1),
-            ));
-        }
+        check_slots(op, self.num_slots)?;
         if self.max_offloads == 0 {
             return Err(Error::invalid(op, "a host tier that may not have an offload in flight"));
         }
@@ -63,6 +68,79 @@ impl HostConfig {
         }
         Ok(())
     }
+}
+
+/// How long a request that waits gives its prefetch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PrefetchPolicy {
+    /// No time: it starts when it can, with what has arrived by then.
+    BestEffort,
+    /// Until all has arrived.
+    WaitComplete,
+    /// A time that grows with the tokens to fetch.
+    Timeout {
+        /// Nanoseconds in any case.
+        base_ns: u64,
+        /// Nanoseconds per 1024 tokens on top.
+        per_1024_tokens_ns: u64,
+    },
+}
+
+impl Default for PrefetchPolicy {
+    /// 1 s and 0.25 s per 1024 tokens, as SGLang.
+    fn default() -> Self {
+        Self::Timeout { base_ns: 1_000_000_000, per_1024_tokens_ns: 250_000_000 }
+    }
+}
+
+/// The storage tier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StorageConfig {
+    /// Block-sized slots.
+    pub num_slots: u32,
+    /// Transfers to it in flight at most; what comes on top waits for its turn.
+    pub max_persists: u32,
+    /// Transfers from it in flight at most, likewise.
+    pub max_fetches: u32,
+    /// How long a waiting request gives its prefetch.
+    pub prefetch: PrefetchPolicy,
+    /// A prefetch that would save fewer tokens than this is not started.
+    pub prefetch_threshold: u32,
+    /// When the tier is left alone.
+    pub breaker: BreakerConfig,
+}
+
+impl StorageConfig {
+    /// A tier of this many slots, with SGLang's prefetch policy and threshold.
+    pub fn new(num_slots: u32) -> Self {
+        Self {
+            num_slots,
+            max_persists: 256,
+            max_fetches: 256,
+            prefetch: PrefetchPolicy::default(),
+            prefetch_threshold: 256,
+            breaker: BreakerConfig { failures: 3, retry_ns: 1_000_000_000 },
+        }
+    }
+
+    pub(in super::super) fn check(&self, op: &'static str) -> Result<()> {
+        check_slots(op, self.num_slots)?;
+        if self.max_persists == 0 || self.max_fetches == 0 {
+            return Err(Error::invalid(
+                op,
+                "a storage tier that may not have a transfer in flight",
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn check_slots(op: &'static str, num_slots: u32) -> Result<()> {
+    if num_slots == u32::MAX {
+        let most = format!("up to {}", u32::MAX - 1);
+        return Err(Error::unsupported(op, "a number of slots of", num_slots, most));
+    }
+    Ok(())
 }
 
 /// A block that the storage tier holds, as its store found it.

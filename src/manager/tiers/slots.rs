@@ -1,6 +1,7 @@
 //! A tier of block-sized slots: the index of what they hold, and the order in which they give way (least
 //! recently used first; of one sequence the end before the start).
 
+use super::breaker::{Breaker, BreakerConfig};
 use super::device::Index;
 use crate::manager::events::{EventKind, Events, Tier};
 use crate::manager::hash::BlockHash;
@@ -24,6 +25,8 @@ struct Slot {
     index: u32,
     group: u16,
     state: State,
+    /// Whether the work that wrote the block is known to have ended well.
+    settled: bool,
     /// Transfers in flight from or to the slot.
     pins: u32,
 }
@@ -50,12 +53,21 @@ pub(in super::super) struct SlotTier {
     order: IndexQueue,
     /// Resident slots without pins.
     evictable: usize,
+    pub breaker: Breaker,
+    now: u64,
     pub stats: Vec<TierStats>,
 }
 
 impl SlotTier {
-    pub fn new(tier: Tier, num_slots: u32, num_groups: usize) -> Self {
-        let slot = Slot { hash: BlockHash::NONE, index: 0, group: 0, state: State::Free, pins: 0 };
+    pub fn new(tier: Tier, num_slots: u32, num_groups: usize, breaker: BreakerConfig) -> Self {
+        let slot = Slot {
+            hash: BlockHash::NONE,
+            index: 0,
+            group: 0,
+            state: State::Free,
+            settled: false,
+            pins: 0,
+        };
         Self {
             tier,
             slots: vec![slot; num_slots as usize],
@@ -63,6 +75,8 @@ impl SlotTier {
             free: (0..num_slots).rev().collect(),
             order: IndexQueue::new(num_slots + 1),
             evictable: 0,
+            breaker: Breaker::new(breaker),
+            now: 0,
             stats: vec![TierStats::default(); num_groups],
         }
     }
@@ -92,6 +106,72 @@ impl SlotTier {
         self.index[group].contains_key(hash)
     }
 
+    /// The slot that is receiving a block.
+    pub fn receiving(&self, group: usize, hash: &BlockHash) -> Option<u32> {
+        let slot = *self.index[group].get(hash)?;
+        (self.slot(slot).state == State::Writing).then_some(slot)
+    }
+
+    /// Takes over a block that a slot holds already; `false` when the slot is not free, or the tier has the
+    /// block.
+    pub fn adopt(&mut self, slot: u32, group: usize, hash: BlockHash, events: &mut Events) -> bool {
+        let free = self.slots.get(slot as usize).is_some_and(|s| s.state == State::Free);
+        if !free || self.holds(group, &hash) {
+            return false;
+        }
+        // Adopting is rare and slots are many: the list of free ones is put right by who takes from it.
+        let entry = &mut self.slots[slot as usize];
+        *entry = Slot { hash, group: group as u16, state: State::Resident, ..*entry };
+        self.index[group].insert(hash, slot);
+        self.order.push_back(slot + 1);
+        self.evictable += 1;
+        let stats = &mut self.stats[group];
+        stats.stored_blocks += 1;
+        stats.cached_blocks += 1;
+        events.push(EventKind::Stored, group as u32, self.tier, 0, hash);
+        true
+    }
+
+    /// Ends the adopting.
+    pub fn adopted(&mut self) {
+        let slots = &self.slots;
+        self.free.retain(|&slot| slots[slot as usize].state == State::Free);
+    }
+
+    /// Marks a block that the tier has or receives as settled; its slot when it is there and was not yet.
+    pub fn settle(&mut self, group: usize, hash: &BlockHash) -> Option<u32> {
+        let slot = *self.index[group].get(hash)?;
+        let entry = &mut self.slots[slot as usize];
+        let first = !std::mem::replace(&mut entry.settled, true);
+        (first && entry.state == State::Resident).then_some(slot)
+    }
+
+    /// What a slot holds, when that is settled: group, hash and index in its sequence.
+    pub fn to_persist(&self, slot: u32) -> Option<(usize, BlockHash, u32)> {
+        let &Slot { hash, index, group, state, settled, .. } = self.slot(slot);
+        (state == State::Resident && settled).then_some((group.into(), hash, index))
+    }
+
+    /// Says what time it is, in nanoseconds.
+    pub fn tick(&mut self, now: u64) {
+        self.now = now;
+    }
+
+    /// Whether the breaker lets a transfer to or from the tier start.
+    pub fn lets_through(&self) -> bool {
+        self.breaker.lets_through(self.now)
+    }
+
+    /// A transfer to or from the tier has started.
+    pub fn started(&mut self) {
+        self.breaker.started();
+    }
+
+    /// A transfer to or from the tier has ended.
+    pub fn ended(&mut self, succeeded: bool) {
+        self.breaker.ended(succeeded, self.now);
+    }
+
     /// Reserves a slot for a block that the tier lacks, evicting another one for it; nothing is changed when
     /// that cannot be (R6).
     pub fn reserve(
@@ -107,8 +187,14 @@ impl SlotTier {
         let Some(slot) = self.free.pop().or_else(|| self.evict(events)) else {
             return Reserved::Full;
         };
-        self.slots[slot as usize] =
-            Slot { hash, index, group: group as u16, state: State::Writing, pins: 1 };
+        self.slots[slot as usize] = Slot {
+            hash,
+            index,
+            group: group as u16,
+            state: State::Writing,
+            settled: false,
+            pins: 1,
+        };
         self.index[group].insert(hash, slot);
         self.order.push_back(slot + 1);
         Reserved::New(slot)
@@ -138,7 +224,7 @@ impl SlotTier {
 
     /// Forgets what a slot holds or receives.
     pub fn discard(&mut self, slot: u32, events: &mut Events) {
-        let Slot { hash, group, index, state, pins } = *self.slot(slot);
+        let Slot { hash, group, index, state, pins, .. } = *self.slot(slot);
         match state {
             State::Free | State::Doomed => return,
             State::Writing => {}
@@ -195,10 +281,13 @@ impl SlotTier {
         self.free_doomed(slot);
     }
 
-    /// Drops everything. No transfer may be in flight.
-    pub fn clear(&mut self) {
+    /// Drops everything; slots that transfers use are free once these have ended.
+    pub fn clear(&mut self, events: &mut Events) {
         for slot in 0..self.slots.len() as u32 {
             self.discard(slot, &mut Events::default());
+        }
+        for group in 0..self.index.len() as u32 {
+            events.cleared(group, self.tier);
         }
     }
 
@@ -221,7 +310,7 @@ impl SlotTier {
         }
         loop {
             let slot = self.order.pop_front()? - 1;
-            let Slot { hash, group, index, state, pins } = *self.slot(slot);
+            let Slot { hash, group, index, state, pins, .. } = *self.slot(slot);
             if state == State::Resident && pins == 0 {
                 self.evictable -= 1;
                 self.index[group as usize].remove(&hash);
