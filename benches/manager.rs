@@ -17,7 +17,7 @@ const MODELS: [(&str, &str); 2] = [("llama-3.1-8b", ""), ("llama-4-scout", "/sco
 fn manager(model: &str, num_blocks: u32) -> Manager {
     let plan = ModelSpec::preset(model).and_then(|spec| spec.group(16)).unwrap();
     Manager::new(ManagerConfig {
-        groups: plan.groups.iter().map(GroupConfig::from).collect(),
+        groups: GroupConfig::of(&plan),
         num_blocks,
         prefix_caching: true,
         retention: Retention { interval: Some(0), slack: 1, dense_chunks: false },

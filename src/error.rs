@@ -159,6 +159,14 @@ pub enum ErrorKind {
         /// Usable blocks of the pool.
         capacity: usize,
     },
+    /// Layers that cannot share a pool of equal blocks with the others.
+    #[error("{layers} cannot share a pool with the other layers: {reason}")]
+    CannotUnify {
+        /// Which layers.
+        layers: String,
+        /// Why, and what would help.
+        reason: String,
+    },
     /// The sequence would become longer than `max_model_len`.
     #[error("{tokens} tokens exceed max_model_len {max_model_len}")]
     TooLong {

@@ -3,7 +3,7 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::manager::GroupConfig;
-use crate::spec::{AttentionKind, GroupPlan, ModelSpec};
+use crate::spec::{GroupKind, GroupPlan, ModelSpec};
 
 /// Capacity of one rank's memory.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,6 +22,8 @@ pub struct Capacity {
     pub tokens: u64,
     /// Longest single request that fits, whatever the model allows.
     pub longest_request: usize,
+    /// What `max_model_len` can be: the model's own, or the longest request that fits.
+    pub max_model_len: u32,
     /// Tokens that fit when every layer keeps all of them.
     pub uniform_tokens: u64,
     /// The groups' shares.
@@ -31,16 +33,18 @@ pub struct Capacity {
 /// One layer group's share of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GroupCapacity {
-    /// What its layers' queries see.
-    pub kind: AttentionKind,
+    /// What it keeps of a sequence.
+    pub kind: GroupKind,
     /// Its layers.
     pub num_layers: usize,
-    /// Tokens per block.
+    /// Tokens per block; of a state group, tokens between the places where a state can be kept.
     pub block_size: u32,
     /// Most blocks one request holds at once.
     pub request_blocks: usize,
     /// Bytes of a block that no layer uses.
     pub padding_bytes: usize,
+    /// Bytes that the layers of the group use of those blocks.
+    pub request_bytes: u64,
 }
 
 impl Capacity {
@@ -81,17 +85,21 @@ pub fn capacity(
         ));
     }
     let concurrency = usable as f64 / request_blocks as f64;
-    let groups = plan
-        .groups
-        .iter()
-        .map(|group| GroupCapacity {
+    let share = |group: GroupConfig, num_layers: usize, used: usize| {
+        let request_blocks = group.max_blocks(request_tokens, in_flight_tokens);
+        GroupCapacity {
             kind: group.kind,
-            num_layers: group.layers.len(),
+            num_layers,
             block_size: group.block_size,
-            request_blocks: GroupConfig::from(group).max_blocks(request_tokens, in_flight_tokens),
-            padding_bytes: plan.block_bytes - group.used_bytes(),
-        })
-        .collect();
+            request_blocks,
+            padding_bytes: plan.block_bytes - used,
+            request_bytes: request_blocks as u64 * used as u64,
+        }
+    };
+    let attention = plan.groups.iter().map(|g| share(g.into(), g.layers.len(), g.used_bytes()));
+    let states = plan.states.iter().map(|g| share(g.into(), g.layers.len(), g.used_bytes()));
+    let groups = attention.chain(states).collect();
+    let longest_request = longest_request(&plan, usable, in_flight_tokens);
     Ok(Capacity {
         block_bytes: plan.block_bytes,
         num_blocks,
@@ -99,7 +107,8 @@ pub fn capacity(
         request_blocks,
         concurrency,
         tokens: (concurrency * request_tokens as f64) as u64,
-        longest_request: longest_request(&plan, usable, in_flight_tokens),
+        longest_request,
+        max_model_len: spec.max_model_len.min(u32::try_from(longest_request).unwrap_or(u32::MAX)),
         uniform_tokens: memory_bytes / spec.token_bytes().max(1) as u64,
         groups,
     })
@@ -107,10 +116,22 @@ pub fn capacity(
 
 /// Most blocks one request of `tokens` holds at once, over all groups: the manager's own bound.
 pub fn max_blocks(plan: &GroupPlan, tokens: usize, in_flight_tokens: usize) -> usize {
-    plan.groups
-        .iter()
-        .map(|group| GroupConfig::from(group).max_blocks(tokens, in_flight_tokens))
-        .sum()
+    GroupConfig::of(plan).iter().map(|group| group.max_blocks(tokens, in_flight_tokens)).sum()
+}
+
+/// The longest `max_model_len` of a model that `memory_bytes` serve on one rank, its own at most (vLLM's
+/// `--max-model-len auto`). With it, and as many blocks as the memory holds, a manager starts.
+///
+/// # Errors
+/// `PoolTooSmall` when not even one token fits; the errors of [`ModelSpec::group`].
+pub fn fit_max_model_len(
+    spec: &ModelSpec,
+    block_size: u32,
+    memory_bytes: u64,
+    in_flight_tokens: usize,
+) -> Result<u32> {
+    // One token is the shortest request there is: its figures exist when any do.
+    Ok(capacity(spec, block_size, memory_bytes, 1, in_flight_tokens)?.max_model_len)
 }
 
 /// The longest request that a pool of `usable_blocks` (the null block left out) can hold: what
@@ -135,7 +156,7 @@ mod tests {
     fn the_longest_request_is_the_longest_that_fits() {
         for name in ModelSpec::preset_names() {
             let spec = ModelSpec::preset(name).unwrap();
-            let plan = spec.group(16).unwrap();
+            let plan = spec.group(if spec.states.is_empty() { 16 } else { 128 }).unwrap();
             for usable in [0, 1, 100, 5_000, 80_000] {
                 let longest = longest_request(&plan, usable, 512);
                 assert!(longest == 0 || max_blocks(&plan, longest, 512) <= usable, "{name}");
@@ -144,6 +165,52 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_manager_starts_with_the_length_that_fits_and_with_no_longer_one() {
+        use crate::manager::{Manager, ManagerConfig, Retention};
+        for (name, block_size, memory) in [
+            ("llama-3.1-8b", 16, 1u64 << 30),
+            ("gemma-4-31b", 16, 4 << 30),
+            ("qwen3-next-80b-a3b", 128, 3 << 30),
+            ("gpt-oss-20b", 16, 64 << 30),
+        ] {
+            let spec = ModelSpec::preset(name).unwrap();
+            let plan = spec.group(block_size).unwrap();
+            let fit = fit_max_model_len(&spec, block_size, memory, 512).unwrap();
+            let start = |max_model_len: u32| {
+                Manager::new(ManagerConfig {
+                    groups: GroupConfig::of(&plan),
+                    num_blocks: (memory / plan.block_bytes as u64) as u32,
+                    prefix_caching: true,
+                    retention: Retention::default(),
+                    max_model_len,
+                    in_flight_tokens: 512,
+                    host: None,
+                    identity: [0; 32],
+                })
+            };
+            assert!(start(fit).is_ok(), "{name}: {fit}");
+            assert!(fit == spec.max_model_len || start(fit + 1).is_err(), "{name}: {fit}");
+        }
+        let spec = ModelSpec::preset("llama-3.1-8b").unwrap();
+        let err = fit_max_model_len(&spec, 16, 1 << 20, 0).unwrap_err();
+        assert!(matches!(err.kind(), ErrorKind::PoolTooSmall { .. }), "{err}");
+    }
+
+    #[test]
+    fn groups_report_what_a_request_takes_of_them() {
+        let spec = ModelSpec::preset("qwen3-next-80b-a3b").unwrap();
+        let figures = capacity(&spec, 128, 8 << 30, 32_768, 8192).unwrap();
+        assert_eq!(figures.groups.len(), 37);
+        let state = &figures.groups[1];
+        assert_eq!((state.kind, state.num_layers), (GroupKind::State, 1));
+        // A slot, the checkpoint it began with, and two ends with one unit of slack each.
+        assert_eq!(state.request_blocks, 6);
+        assert_eq!(state.request_bytes, 6 * 2_146_304);
+        let sum: usize = figures.groups.iter().map(|group| group.request_blocks).sum();
+        assert_eq!(sum, figures.request_blocks);
     }
 
     #[test]

@@ -247,3 +247,51 @@ proptest! {
         }
     }
 }
+
+proptest! {
+    /// Whoever admits by the bound never finds an append refused, whatever is shared and forked.
+    #[test]
+    fn what_is_admitted_runs_to_its_end(
+        requests in prop::collection::vec((1usize..20, 0usize..20, any::<bool>()), 1..12),
+        num_blocks in 25u32..60,
+    ) {
+        let mut m = manager(num_blocks);
+        // Live sequences with the tokens they may come to.
+        let mut running: Vec<(u64, usize)> = Vec::new();
+        let mut lengths = std::collections::BTreeMap::new();
+        for (next, (prompt, output, fork)) in (0u64..).zip(requests) {
+            let parent = running.first().map(|&(seq, _)| seq).filter(|_| fork);
+            let start = parent.map_or(prompt, |parent| lengths[&parent]);
+            let most = start + output;
+            match m.admission(most, &running) {
+                Ok(admission) if admission.fits() => {}
+                Ok(_) => continue,
+                Err(err) => {
+                    let refused = matches!(err.kind(), ErrorKind::TooLong { .. });
+                    prop_assert!(refused, "{}", err);
+                    continue;
+                }
+            }
+            match parent {
+                Some(parent) => prop_assert_eq!(m.fork(parent, next).unwrap(), start),
+                None => drop(m.allocate(next, &vec![7; prompt], KEYS, 0).unwrap()),
+            }
+            m.advance(next, start, start).unwrap();
+            lengths.insert(next, start);
+            running.push((next, most));
+            // Everybody goes on a little.
+            for &(seq, most) in &running {
+                let length = lengths.get_mut(&seq).unwrap();
+                for _ in 0..3.min(most - *length) {
+                    *length += 1;
+                    m.append(seq, &[seq as u32]).unwrap();
+                    m.advance(seq, *length, *length).unwrap();
+                }
+            }
+            copies(&mut m);
+            drain(&mut m);
+        }
+        let asked = m.admission(1, &[(99, 1)]);
+        prop_assert!(matches!(asked.unwrap_err().kind(), ErrorKind::UnknownSequence(99)));
+    }
+}

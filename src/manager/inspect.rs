@@ -63,6 +63,38 @@ impl Manager {
         [device, hit.tokens - device, 0]
     }
 
+    /// What it takes to run one more request of up to `tokens` tokens beside the sequences `running`, each
+    /// with the most tokens it may come to: by the same bound as sizing, so that a scheduler which admits
+    /// only what [`Admission::fits`] never finds an append refused.
+    ///
+    /// # Errors
+    /// `UnknownSequence`; `TooLong`; `PoolTooSmall` for a request that could not run alone.
+    pub fn admission(&self, tokens: usize, running: &[(SeqId, usize)]) -> Result<Admission> {
+        const OP: &str = "admission";
+        let max_model_len = self.config.max_model_len as usize;
+        if tokens > max_model_len {
+            return Err(Error::new(OP, ErrorKind::TooLong { tokens, max_model_len }));
+        }
+        let (mut needed, capacity) = (self.max_blocks(tokens), self.capacity());
+        if needed > capacity {
+            return Err(Error::new(OP, ErrorKind::PoolTooSmall { tokens, needed, capacity }));
+        }
+        for &(seq, most) in running {
+            for (g, group) in self.groups.iter().enumerate() {
+                let (row, _) = self.row(OP, seq, g)?;
+                let in_flight = self.config.in_flight_tokens as usize;
+                let most = group.max_blocks(most, in_flight, &self.config.retention);
+                let sinks = group.sink_blocks.min(row.first_live);
+                let live = row.table[row.first_live.min(row.table.len())..].iter();
+                let held = sinks + live.filter(|&&id| id != NULL).count();
+                // A tail that is shared is taken once more, as a copy.
+                let copy = row.table.last().is_some_and(|&id| self.device.pool.block(id).users > 1);
+                needed += (most + usize::from(copy)).saturating_sub(held);
+            }
+        }
+        Ok(Admission { needed, free: self.free_blocks() })
+    }
+
     /// Starts or stops the recording of events (off at first).
     pub fn record_events(&mut self, on: bool) {
         self.events.enabled = on;

@@ -57,7 +57,7 @@ use self::tiers::device::DeviceTier;
 use self::tiers::slots::SlotTier;
 use self::transfer::Flights;
 use crate::error::{Error, ErrorKind, Result};
-use crate::spec::{GroupKind, LayerGroup};
+use crate::spec::{GroupKind, GroupPlan, LayerGroup, StateGroup};
 
 /// A caller-chosen name of a live sequence.
 pub type SeqId = u64;
@@ -87,11 +87,22 @@ impl GroupConfig {
         Self { kind: kind.into(), sink_tokens: 0, block_size }
     }
 
+    /// The groups of a plan, in its order: attention first, then states.
+    pub fn of(plan: &GroupPlan) -> Vec<Self> {
+        plan.groups.iter().map(Self::from).chain(plan.states.iter().map(Self::from)).collect()
+    }
+
     /// Most blocks a request of `tokens` holds at once in this group when at most `in_flight` of them are
     /// computed and not settled. The block size is at least 1.
     pub(crate) fn max_blocks(&self, tokens: usize, in_flight: usize) -> usize {
         let retention = Retention::default();
         Group::new(self, self.block_size as usize).max_blocks(tokens, in_flight, &retention)
+    }
+}
+
+impl From<&StateGroup> for GroupConfig {
+    fn from(group: &StateGroup) -> Self {
+        Self::new(GroupKind::State, group.block_size)
     }
 }
 
@@ -182,6 +193,22 @@ pub struct Allocation {
     pub num_tokens: usize,
     /// Transfers that must complete before the sequence is ready; empty when it is ready now.
     pub loads: Vec<TransferId>,
+}
+
+/// What it takes to admit a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Admission {
+    /// Blocks that it and all that runs may still take at most.
+    pub needed: usize,
+    /// Blocks that could be taken now.
+    pub free: usize,
+}
+
+impl Admission {
+    /// Whether everything can run to its end.
+    pub fn fits(&self) -> bool {
+        self.needed <= self.free
+    }
 }
 
 /// How a transfer ended. *Completed* and *succeeded* are different things (R8).

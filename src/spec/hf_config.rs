@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{AttentionKind, LayerSpec, ModelSpec};
+use super::{AttentionKind, LayerSpec, ModelSpec, StateSpec};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{Dtype, KvShape};
 
@@ -77,13 +77,13 @@ pub(super) fn parse(json: &str) -> Result<ModelSpec> {
         Some(other) => return Err(wrong("text_config", other, "an object")),
         None => Config(root.0),
     };
-    for field in ["kv_lora_rank", "global_head_dim"] {
-        if let Some(value) = config.get(field) {
+    for field in ["kv_lora_rank", "num_kv_shared_layers"] {
+        if let Some(value) = config.get(field).filter(|value| value.as_u64() != Some(0)) {
             return Err(Error::unsupported(
                 OP,
                 "a model with",
                 format!("`{field}` = {value}"),
-                "plain multi-head, multi-query and grouped-query attention of one head shape",
+                "multi-head, multi-query and grouped-query attention, every layer with KV of its own",
             ));
         }
     }
@@ -126,16 +126,45 @@ pub(super) fn parse(json: &str) -> Result<ModelSpec> {
         }
     };
     let shape = KvShape { num_kv_heads, head_dim, dtype: dtype(&root, &config)? };
+    // Full layers can have a head shape of their own (Gemma 4).
+    let full_shape = KvShape {
+        num_kv_heads: config.count("num_global_key_value_heads")?.unwrap_or(num_kv_heads),
+        head_dim: config.count("global_head_dim")?.unwrap_or(head_dim),
+        ..shape
+    };
+    if !num_qo_heads.is_multiple_of(full_shape.num_kv_heads) {
+        return Err(Error::invalid(
+            OP,
+            format!(
+                "field `num_global_key_value_heads` is {}; wanted a divisor of the {num_qo_heads} `num_attention_heads`",
+                full_shape.num_kv_heads
+            ),
+        ));
+    }
     let sm_scale = match config.number("attention_multiplier")? {
+        // Its queries and keys are normalised.
+        None if model_type.starts_with("gemma4") => 1.0,
         Some(scale) => scale,
         None => {
             config.number("query_pre_attn_scalar")?.unwrap_or(f64::from(head_dim)).sqrt().recip()
         }
     };
     let kinds = kinds(&config, model_type, num_layers)?;
+    let layers = kinds.iter().filter_map(|kind| match *kind {
+        Layer::Attention(kind) => {
+            let shape = if kind == AttentionKind::Full { full_shape } else { shape };
+            Some(LayerSpec { kind, sink_tokens: 0, shape })
+        }
+        Layer::Linear => None,
+    });
+    let num_states = kinds.iter().filter(|kind| **kind == Layer::Linear).count();
     Ok(ModelSpec {
         name: model_type.to_owned(),
-        layers: kinds.into_iter().map(|kind| LayerSpec { kind, sink_tokens: 0, shape }).collect(),
+        layers: layers.collect(),
+        states: match num_states {
+            0 => Vec::new(),
+            n => vec![state(&config, shape.dtype)?; n],
+        },
         num_qo_heads,
         sm_scale: sm_scale as f32,
         logits_soft_cap: config.number("attn_logit_softcapping")?.unwrap_or(0.0) as f32,
@@ -161,8 +190,34 @@ fn dtype(root: &Config<'_>, config: &Config<'_>) -> Result<Dtype> {
     Ok(Dtype::Bf16)
 }
 
-/// What the layers' queries see.
-fn kinds(config: &Config<'_>, model_type: &str, num_layers: u32) -> Result<Vec<AttentionKind>> {
+/// One layer of the model.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Layer {
+    Attention(AttentionKind),
+    /// Gated linear attention (Qwen3-Next and its successors).
+    Linear,
+}
+
+/// The state of a linear-attention layer: a key x value matrix per value head in f32, and the last inputs
+/// of a convolution over queries, keys and values.
+fn state(config: &Config<'_>, dtype: Dtype) -> Result<StateSpec> {
+    let field = |name| config.required(name).map(|n| n as usize);
+    let keys = field("linear_num_key_heads")?.checked_mul(field("linear_key_head_dim")?);
+    let values = field("linear_num_value_heads")?.checked_mul(field("linear_value_head_dim")?);
+    let inputs = field("linear_conv_kernel_dim")?.saturating_sub(1);
+    let key_dim = field("linear_key_head_dim")?;
+    let bytes = || {
+        let matrix = values?.checked_mul(key_dim)?.checked_mul(4)?;
+        let channels = keys?.checked_mul(2)?.checked_add(values?)?;
+        let convolution = channels.checked_mul(inputs)?.checked_mul(dtype.bytes())?;
+        matrix.checked_add(convolution)
+    };
+    let overflow = || Error::invalid(OP, "the recurrent state overflows 64-bit sizes");
+    Ok(StateSpec { bytes: bytes().ok_or_else(overflow)? })
+}
+
+/// What the layers keep.
+fn kinds(config: &Config<'_>, model_type: &str, num_layers: u32) -> Result<Vec<Layer>> {
     let check_length = |field: &str, list: &[Value]| match list.len() == num_layers as usize {
         true => Ok(()),
         false => Err(Error::invalid(
@@ -178,18 +233,19 @@ fn kinds(config: &Config<'_>, model_type: &str, num_layers: u32) -> Result<Vec<A
             .iter()
             .enumerate()
             .map(|(i, name)| match name.as_str() {
-                Some("full_attention") => Ok(AttentionKind::Full),
+                Some("full_attention") => Ok(Layer::Attention(AttentionKind::Full)),
                 Some("sliding_attention") => window
-                    .map(|window| AttentionKind::Sliding { window })
+                    .map(|window| Layer::Attention(AttentionKind::Sliding { window }))
                     .ok_or_else(|| missing("sliding_window")),
                 Some("chunked_attention") => chunk
-                    .map(|chunk| AttentionKind::Chunked { chunk })
+                    .map(|chunk| Layer::Attention(AttentionKind::Chunked { chunk }))
                     .ok_or_else(|| missing("attention_chunk_size")),
+                Some("linear_attention") => Ok(Layer::Linear),
                 _ => Err(Error::unsupported(
                     OP,
                     "layer type",
                     format!("{name} (`layer_types[{i}]`)"),
-                    "full_attention, sliding_attention, chunked_attention",
+                    "full_attention, sliding_attention, chunked_attention, linear_attention",
                 )),
             })
             .collect();
@@ -198,15 +254,15 @@ fn kinds(config: &Config<'_>, model_type: &str, num_layers: u32) -> Result<Vec<A
         return no_rope(config, num_layers, check_length)?
             .into_iter()
             .map(|full| match full {
-                true => Ok(AttentionKind::Full),
-                false => Ok(AttentionKind::Chunked { chunk }),
+                true => Ok(Layer::Attention(AttentionKind::Full)),
+                false => Ok(Layer::Attention(AttentionKind::Chunked { chunk })),
             })
             .collect();
     }
     let window = window.filter(|_| !matches!(config.flag("use_sliding_window"), Ok(Some(false))));
     config.flag("use_sliding_window")?;
     let Some(window) = window else {
-        return Ok(vec![AttentionKind::Full; num_layers as usize]);
+        return Ok(vec![Layer::Attention(AttentionKind::Full); num_layers as usize]);
     };
     // Every `pattern`-th layer is full. Where the field is left out, its default is the architecture's.
     let pattern =
@@ -231,6 +287,7 @@ fn kinds(config: &Config<'_>, model_type: &str, num_layers: u32) -> Result<Vec<A
             None if u64::from(i) < first_windowed => AttentionKind::Full,
             _ => AttentionKind::Sliding { window },
         })
+        .map(Layer::Attention)
         .collect())
 }
 

@@ -4,7 +4,7 @@ mod grouping;
 mod hf_config;
 mod presets;
 
-pub use self::grouping::{GroupPlan, LayerGroup};
+pub use self::grouping::{GroupPlan, LayerGroup, StateGroup};
 
 use std::fmt;
 
@@ -136,13 +136,22 @@ pub struct LayerSpec {
     pub shape: KvShape,
 }
 
-/// The attention layers of a model, as one rank sees them.
+/// One recurrent layer (Mamba, linear attention).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct StateSpec {
+    /// Bytes of its state of one sequence, on one rank: all parts of it, convolution included.
+    pub bytes: usize,
+}
+
+/// The layers of a model that keep something of a sequence, as one rank sees them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelSpec {
     /// Name of the preset, or `model_type` of the config.
     pub name: String,
-    /// Layers in model order.
+    /// Attention layers in model order.
     pub layers: Vec<LayerSpec>,
+    /// Recurrent layers in model order, numbered apart from the attention layers.
+    pub states: Vec<StateSpec>,
     /// Query heads on this rank.
     pub num_qo_heads: u32,
     /// Factor of the logits.
@@ -207,16 +216,29 @@ impl ModelSpec {
                 return refuse("tensor parallelism (KV heads) of", *heads);
             }
         }
+        for state in &mut share.states {
+            if !state.bytes.is_multiple_of(tp as usize) {
+                let given = format!("{tp} for a state of {} bytes", state.bytes);
+                return Err(Error::unsupported(
+                    OP,
+                    "tensor parallelism of",
+                    given,
+                    "a divisor of the bytes of every recurrent state",
+                ));
+            }
+            state.bytes /= tp as usize;
+        }
         Ok(share)
     }
 
     /// Groups the layers for blocks of `block_size` tokens; see [`GroupPlan`].
     ///
     /// # Errors
-    /// `Unsupported` for a block size that is no power of two from 8 to 128, `InvalidArgument` for a model
-    /// without layers, a window or chunk of 0, or blocks larger than memory can be addressed.
+    /// `Unsupported` for a block size that is no power of two from 8 to 128, `CannotUnify` for recurrent
+    /// layers whose state does not fit a block, `InvalidArgument` for a model without layers, a window or
+    /// chunk of 0, or blocks larger than memory can be addressed.
     pub fn group(&self, block_size: u32) -> Result<GroupPlan> {
-        grouping::group(&self.layers, block_size)
+        grouping::group(&self.layers, &self.states, block_size)
     }
 
     /// Bytes of K and V of one token in all layers, as if every layer kept it.

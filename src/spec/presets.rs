@@ -1,7 +1,7 @@
 //! Attention shapes of well-known models, from their public configurations.
 
 use super::AttentionKind::{Chunked, Full, Sliding};
-use super::{AttentionKind, LayerSpec, ModelSpec};
+use super::{AttentionKind, LayerSpec, ModelSpec, StateSpec};
 use crate::error::{Error, Result};
 use crate::layout::{Dtype, KvShape};
 
@@ -14,6 +14,10 @@ struct Preset {
     num_qo_heads: u32,
     num_kv_heads: u32,
     head_dim: u32,
+    /// KV heads and head dimension of full layers, where they differ.
+    full_shape: Option<(u32, u32)>,
+    /// Recurrent layers, and the bytes of the state of one.
+    states: (usize, usize),
     /// The logits are divided by its square root: `head_dim`, or Gemma's `query_pre_attn_scalar`.
     query_scalar: f32,
     logits_soft_cap: f32,
@@ -44,6 +48,8 @@ const LLAMA_3: Preset = Preset {
     num_qo_heads: 32,
     num_kv_heads: 8,
     head_dim: 128,
+    full_shape: None,
+    states: (0, 0),
     query_scalar: 128.0,
     logits_soft_cap: 0.0,
     sink_logits: false,
@@ -157,6 +163,31 @@ const PRESETS: &[Preset] = &[
         ..LLAMA_3
     },
     Preset {
+        // google/gemma-4-31B-it
+        name: "gemma-4-31b",
+        num_layers: 60,
+        cycle: GEMMA_3,
+        num_kv_heads: 16,
+        head_dim: 256,
+        full_shape: Some((4, 512)),
+        query_scalar: 1.0,
+        max_model_len: 262_144,
+        ..LLAMA_3
+    },
+    Preset {
+        // Qwen/Qwen3-Next-80B-A3B-Instruct: 32 value heads of 128 x 128 in f32, and 3 steps of a bf16
+        // convolution over 8192 channels.
+        name: "qwen3-next-80b-a3b",
+        num_layers: 12,
+        num_qo_heads: 16,
+        num_kv_heads: 2,
+        head_dim: 256,
+        states: (36, 32 * 128 * 128 * 4 + 3 * 8192 * 2),
+        query_scalar: 256.0,
+        max_model_len: 262_144,
+        ..LLAMA_3
+    },
+    Preset {
         // mistralai/Mistral-7B-v0.1
         name: "mistral-7b",
         cycle: &[Sliding { window: 4096 }],
@@ -187,10 +218,17 @@ pub(super) fn find(name: &str) -> Result<ModelSpec> {
         head_dim: preset.head_dim,
         dtype: Dtype::Bf16,
     };
-    let layer = |&kind| LayerSpec { kind, sink_tokens: 0, shape };
+    let layer = |&kind| {
+        let mut shape = shape;
+        if let (AttentionKind::Full, Some(full)) = (kind, preset.full_shape) {
+            (shape.num_kv_heads, shape.head_dim) = full;
+        }
+        LayerSpec { kind, sink_tokens: 0, shape }
+    };
     Ok(ModelSpec {
         name: preset.name.to_owned(),
         layers: preset.cycle.iter().cycle().take(preset.num_layers).map(layer).collect(),
+        states: vec![StateSpec { bytes: preset.states.1 }; preset.states.0],
         num_qo_heads: preset.num_qo_heads,
         sm_scale: 1.0 / preset.query_scalar.sqrt(),
         logits_soft_cap: preset.logits_soft_cap,

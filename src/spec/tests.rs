@@ -57,6 +57,8 @@ fn presets_have_the_capacity_figures_of_their_models() {
         ("gemma-3-4b", 5, 29, 139_264),
         ("gemma-3-12b", 8, 40, 393_216),
         ("gemma-3-27b", 10, 52, 507_904),
+        ("gemma-4-31b", 10, 50, 901_120),
+        ("qwen3-next-80b-a3b", 12, 0, 24_576),
         ("mistral-7b", 0, 32, 131_072),
         ("llama-3.1-8b", 32, 0, 131_072),
         ("llama-3.1-70b", 80, 0, 327_680),
@@ -160,6 +162,69 @@ fn every_way_to_say_layer_kinds_is_read() {
     assert_eq!(spec.layers[7].kind, AttentionKind::Full);
     assert_eq!(count(&spec, AttentionKind::Full), 1);
     assert_eq!(with(json!({"torch_dtype": "float16"})).unwrap().layers[0].shape.dtype, Dtype::F16);
+}
+
+#[test]
+fn two_head_shapes_are_read_and_get_equal_blocks() {
+    use serde_json::json;
+    let types: Vec<&str> =
+        (1..=60).map(|i| if i % 6 == 0 { "full_attention" } else { "sliding_attention" }).collect();
+    let config = json!({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text",
+        "num_hidden_layers": 60, "num_attention_heads": 32, "num_key_value_heads": 16,
+        "num_global_key_value_heads": 4, "head_dim": 256, "global_head_dim": 512,
+        "hidden_size": 5376, "sliding_window": 1024, "layer_types": types,
+        "num_kv_shared_layers": 0, "max_position_embeddings": 262_144}});
+    let spec = ModelSpec::from_hf_config(&config.to_string()).unwrap();
+    let preset = ModelSpec::preset("gemma-4-31b").unwrap();
+    assert_eq!(ModelSpec { name: preset.name.clone(), ..spec }, preset);
+    let plan = preset.group(16).unwrap();
+    // Half the bytes per token, so twice the tokens: nothing is padded.
+    assert_eq!((plan.groups[0].block_size, plan.groups[1].block_size), (32, 16));
+    assert_eq!(plan.groups.len(), 6);
+    assert!(plan.groups.iter().all(|group| group.used_bytes() == plan.block_bytes));
+    let mut config = config;
+    config["text_config"]["num_kv_shared_layers"] = json!(20);
+    let err = ModelSpec::from_hf_config(&config.to_string()).unwrap_err().to_string();
+    assert!(err.contains("num_kv_shared_layers"), "{err}");
+}
+
+#[test]
+fn recurrent_layers_are_read_and_share_blocks_that_have_room() {
+    use serde_json::json;
+    let types: Vec<&str> =
+        (1..=48).map(|i| if i % 4 == 0 { "full_attention" } else { "linear_attention" }).collect();
+    let config = json!({"model_type": "qwen3_next", "num_hidden_layers": 48,
+        "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "hidden_size": 2048,
+        "layer_types": types, "linear_num_key_heads": 16, "linear_key_head_dim": 128,
+        "linear_num_value_heads": 32, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+        "max_position_embeddings": 262_144});
+    let spec = ModelSpec::from_hf_config(&config.to_string()).unwrap();
+    let preset = ModelSpec::preset("qwen3-next-80b-a3b").unwrap();
+    assert_eq!(ModelSpec { name: preset.name.clone(), ..spec }, preset);
+
+    let plan = preset.group(128).unwrap();
+    assert_eq!((plan.groups.len(), plan.states.len()), (1, 36));
+    assert!(plan.states.iter().all(|group| group.used_bytes() <= plan.block_bytes));
+    let half = ModelSpec { states: vec![StateSpec { bytes: 1 << 20 }; 36], ..preset.clone() };
+    let plan = half.group(128).unwrap();
+    assert_eq!((plan.states.len(), plan.states[0].layers.len()), (12, 3));
+    let mut layers: Vec<u32> = plan.states.iter().flat_map(|g| g.layers.clone()).collect();
+    layers.sort_unstable();
+    assert_eq!(layers, (0..36).collect::<Vec<_>>());
+    assert!(plan.states.iter().all(|group| group.block_size == 128));
+
+    let err = preset.group(16).unwrap_err();
+    assert!(matches!(err.kind(), crate::ErrorKind::CannotUnify { .. }), "{err}");
+    let text = err.to_string();
+    for part in ["recurrent layers 0, 1, 2", "35", "2146304", "393216", "128 tokens"] {
+        assert!(text.contains(part), "{text}");
+    }
+    for bytes in [0, 1000] {
+        let odd = ModelSpec { states: vec![StateSpec { bytes }], ..preset.clone() };
+        let err = odd.group(128).unwrap_err();
+        assert!(matches!(err.kind(), crate::ErrorKind::CannotUnify { .. }), "{err}");
+    }
+    assert_eq!(preset.shard(2).unwrap().states[0].bytes, 2_146_304 / 2);
 }
 
 #[test]
@@ -278,10 +343,10 @@ fn unequal_shapes_get_equal_blocks() {
     assert_eq!((plan.groups[0].block_size, plan.groups[1].block_size), (32, 16));
     assert!(plan.groups.iter().all(|group| group.used_bytes() == plan.block_bytes));
     // 96 is no power of two times 64, and 128 tokens is the largest block: both are padded.
-    for (dims, block_size) in [((64, 96), 16), ((64, 256), 64)] {
+    for (dims, block_size, scaled) in [((64, 96), 16, 16), ((64, 256), 64, 128)] {
         let plan =
             model(&[(AttentionKind::Full, dims.0), (sliding, dims.1)]).group(block_size).unwrap();
-        assert_eq!(plan.groups[0].block_size, block_size);
+        assert_eq!(plan.groups[0].block_size, scaled);
         assert_eq!(plan.block_bytes, plan.groups[1].used_bytes());
         assert!(plan.groups[0].used_bytes() < plan.block_bytes);
     }

@@ -43,6 +43,7 @@ impl AttentionShape {
         ModelSpec {
             name: String::new(),
             layers: vec![self.layer(); layers],
+            states: Vec::new(),
             num_qo_heads: self.heads.0,
             sm_scale: 1.0 / (self.head_dim as f32).sqrt(),
             logits_soft_cap: 0.0,

@@ -71,16 +71,22 @@ fn print(spec: &ModelSpec, tp: u32, memory: u64, figures: &Capacity) {
     );
     println!();
     println!(
-        "{:<16} {:>6} {:>16} {:>20} {:>14}",
-        "group", "layers", "tokens per block", "blocks per request", "padding"
+        "{:<16} {:>6} {:>16} {:>20} {:>20} {:>18}",
+        "group",
+        "layers",
+        "tokens per block",
+        "blocks per request",
+        "of a request",
+        "padding per block"
     );
     for group in &figures.groups {
         println!(
-            "{:<16} {:>6} {:>16} {:>20} {:>14}",
+            "{:<16} {:>6} {:>16} {:>20} {:>20} {:>18}",
             group.kind.to_string(),
             group.num_layers,
             group.block_size,
             group.request_blocks,
+            format_bytes(group.request_bytes),
             format_bytes(group.padding_bytes as u64)
         );
     }
@@ -93,6 +99,7 @@ fn print(spec: &ModelSpec, tp: u32, memory: u64, figures: &Capacity) {
     row("tokens if every layer kept everything", figures.uniform_tokens.to_string());
     row("gain", format!("{:.2}", figures.gain()));
     row("longest single request that would fit", figures.longest_request.to_string());
+    row("max_model_len", figures.max_model_len.to_string());
 }
 
 fn json(spec: &ModelSpec, tp: u32, memory: u64, figures: &Capacity) -> serde_json::Value {
@@ -106,6 +113,7 @@ fn json(spec: &ModelSpec, tp: u32, memory: u64, figures: &Capacity) -> serde_jso
                 "block_size": group.block_size,
                 "request_blocks": group.request_blocks,
                 "padding_bytes": group.padding_bytes,
+                "request_bytes": group.request_bytes,
             })
         })
         .collect();
@@ -123,6 +131,7 @@ fn json(spec: &ModelSpec, tp: u32, memory: u64, figures: &Capacity) -> serde_jso
         "uniform_tokens": figures.uniform_tokens,
         "gain": figures.gain(),
         "longest_request": figures.longest_request,
+        "max_model_len": figures.max_model_len,
         "groups": groups,
     })
 }

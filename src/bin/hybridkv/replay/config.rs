@@ -2,7 +2,7 @@
 
 use hybridkv::error::{Error, Result};
 use hybridkv::manager::{GroupConfig, HostConfig, ManagerConfig, Retention, WritePolicy};
-use hybridkv::spec::{AttentionKind, GroupKind, GroupPlan, LayerGroup};
+use hybridkv::spec::{AttentionKind, GroupKind, GroupPlan, LayerGroup, StateGroup};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -225,7 +225,12 @@ pub fn describe_groups(plan: &GroupPlan) -> Value {
         fields["layers"] = group.layers.len().into();
         fields
     };
-    plan.groups.iter().map(group).collect()
+    let state = |group: &StateGroup| {
+        let mut fields = describe_group(&GroupConfig::from(group));
+        fields["layers"] = group.layers.len().into();
+        fields
+    };
+    plan.groups.iter().map(group).chain(plan.states.iter().map(state)).collect()
 }
 
 /// A group, as an entry of the field `groups`.

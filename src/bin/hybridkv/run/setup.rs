@@ -138,6 +138,14 @@ impl Setup {
             }
             spec.layers.truncate(layers as usize);
         }
+        if !spec.states.is_empty() {
+            return Err(Error::unsupported(
+                "run",
+                "a model with recurrent layers,",
+                format!("{} of them", spec.states.len()),
+                "attention layers only: there is no kernel here that computes states",
+            ));
+        }
         let plan = spec.group(args.block_size)?;
 
         let shrink = if on_cpu { CPU_SHRINK } else { 1 };
@@ -178,7 +186,7 @@ impl Setup {
             return Err(Error::unsupported("run", "--verify", verify, "0 to 1"));
         }
         let manager = ManagerConfig {
-            groups: plan.groups.iter().map(GroupConfig::from).collect(),
+            groups: GroupConfig::of(&plan),
             num_blocks: engine.num_blocks,
             prefix_caching: true,
             retention: Retention { interval: Some(0), slack: 1, dense_chunks: false },
