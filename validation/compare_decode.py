@@ -105,6 +105,11 @@ def tokens(text):
     return 10_000_000 if text == "10M" else int(text[:-1]) * unit if unit else int(text)
 
 
+def bits(tensor):
+    """The tensor as integers, which can be indexed whatever its type."""
+    return tensor.view(torch.uint8 if tensor.element_size() == 1 else torch.int16)
+
+
 class Batch:
     """A case in memory."""
 
@@ -179,7 +184,7 @@ class Batch:
             pages, begin = self.pages(seq), self.first[seq] * PAGE
             step = max(1, (1 << 20) // (case.kv_heads * PAGE))
             for i in range(0, len(pages), step):
-                kv = self.kv[0][pages[i : i + step].long()].double()  # [pages, 2, heads, token, dim]
+                kv = bits(self.kv[0])[pages[i : i + step].long()].view(self.dtype).double()
                 k, v = (kv[:, half].transpose(0, 1).flatten(1, 2) for half in (0, 1))
                 j = begin + i * PAGE + torch.arange(k.shape[1], device=self.device)
                 seen = j[None] <= position[:, None]
@@ -333,10 +338,9 @@ def to_blocks(batch, kv, half, order, ratio):
     case = batch.case
     shape = (len(order), ratio, PAGE, case.kv_heads, case.head_dim)
     out = torch.empty(shape, dtype=kv.dtype, device=kv.device)
-    bits = out.view(torch.uint8 if case.kv == "fp8" else torch.int16)
-    source = kv.view(bits.dtype)
+    source, target = bits(kv), bits(out)
     for i in range(0, len(order), 16384):
-        bits[i : i + 16384] = source[order[i : i + 16384].long(), half].transpose(2, 3)
+        target[i : i + 16384] = source[order[i : i + 16384].long(), half].transpose(2, 3)
     return out.view(len(order), ratio * PAGE, case.kv_heads, case.head_dim)
 
 

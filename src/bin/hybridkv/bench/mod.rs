@@ -33,6 +33,9 @@ pub struct Args {
     /// auto, cpu or cuda:N. On the CPU a few tiny cases run, to test the benchmark itself.
     #[arg(long, default_value = "auto")]
     device: String,
+    /// Only the decode and prefill cases whose name holds this.
+    #[arg(long, default_value = "")]
+    filter: String,
     /// Seconds of timing per case.
     #[arg(long, default_value_t = 0.25)]
     seconds: f64,
@@ -71,6 +74,7 @@ pub fn main(args: &Args) -> Result<ExitCode> {
             report: Report::new(&suite_name(suite), of),
             kernels: &kernels,
             device: &device,
+            filter: &args.filter,
             seconds: if device.is_cuda() { args.seconds } else { args.seconds.min(0.02) },
             rng: Rng::new(1),
             clocks: Clocks::new(&device),
@@ -97,6 +101,7 @@ struct Bench<'a> {
     report: Report,
     kernels: &'a Kernels,
     device: &'a Device,
+    filter: &'a str,
     seconds: f64,
     rng: Rng,
     clocks: Clocks,
@@ -182,9 +187,9 @@ impl Bench<'_> {
 
     /// One launch per case and layer.
     fn attention(&mut self, cases: &[AttentionCase]) -> Result<()> {
-        let read_limit = self.report.limits["hbm_read_gbps"];
+        let (read_limit, filter) = (self.report.limits["hbm_read_gbps"], self.filter);
         let mut last = None;
-        for case in cases {
+        for case in cases.iter().filter(|case| case.name().contains(filter)) {
             let (name, shape) = (case.name(), case.on(self.device));
             let lengths = shape.lengths();
             let one_layer = shape.model(1);
@@ -216,8 +221,8 @@ impl Bench<'_> {
 
     /// All layers of a model in one graph.
     fn steps(&mut self) -> Result<()> {
-        let read_limit = self.report.limits["hbm_read_gbps"];
-        for case in STEPS {
+        let (read_limit, filter) = (self.report.limits["hbm_read_gbps"], self.filter);
+        for case in STEPS.iter().filter(|case| case.name().contains(filter)) {
             let (model, lengths) = (case.model()?, case.lengths(self.device));
             let batch = Batch {
                 model: &model,
