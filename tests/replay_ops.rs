@@ -158,6 +158,92 @@ fn write_back_stores_what_is_evicted() {
     assert_eq!(answer, json!({"ok": false, "error": "no_free_blocks"}));
 }
 
+/// A folder that goes with its test.
+struct Folder(std::path::PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        Self(std::env::temp_dir().join(format!("hybridkv-replay-{}-{name}", std::process::id())))
+    }
+
+    fn session(&self) -> Session {
+        Session::with(json!({
+            "block_size": 16, "num_blocks": 9, "groups": [{"kind": "full"}],
+            "host": {"blocks": 8}, "storage": {"path": self.0, "bytes": 1 << 20},
+        }))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The prompt computed, stored in every tier, and lost by device and host.
+fn persisted(folder: &Folder, write: Option<&str>) -> Session {
+    let mut s = folder.session();
+    assert_eq!(s.send(json!({"op": "allocate", "id": 1, "tokens": prompt()}))["ok"], true);
+    s.send(json!({"op": "advance", "id": 1, "computed": 49}));
+    if let Some(kind) = write {
+        let fault = json!({"op": "fault", "where": "storage_write", "kind": kind, "count": 1});
+        assert_eq!(s.send(fault)["ok"], true);
+    }
+    assert_eq!(s.send(json!({"op": "tick"}))["ended"], 6, "offloads and persists");
+    s.send(json!({"op": "free", "id": 1}));
+    let flood: Vec<u32> = (1000..1128).collect();
+    assert_eq!(s.send(json!({"op": "allocate", "id": 2, "tokens": flood}))["ok"], true);
+    s.send(json!({"op": "advance", "id": 2, "computed": 128}));
+    s.send(json!({"op": "tick"}));
+    s.send(json!({"op": "free", "id": 2}));
+    s
+}
+
+#[test]
+fn storage_serves_what_device_and_host_have_lost() {
+    let folder = Folder::new("serves");
+    let mut s = persisted(&folder, None);
+    let answer = s.send(json!({"op": "lookup", "tokens": prompt()}));
+    assert_eq!(answer["tiers"], json!({"device": 0, "host": 0, "storage": 48}), "{answer}");
+    let answer = s.send(json!({"op": "allocate", "id": 3, "tokens": prompt()}));
+    assert_eq!((&answer["loads"], &answer["ready"]), (&json!([3]), &json!(false)), "{answer}");
+    assert_eq!(s.send(json!({"op": "tick"}))["ready"], json!([3]));
+    assert_eq!(s.send(json!({"op": "state"}))["tiers"]["storage"]["blocks"], 11);
+    s.send(json!({"op": "free", "id": 3}));
+    drop(s);
+    // Another process finds it; a reset empties it for good.
+    let mut s = folder.session();
+    let answer = s.send(json!({"op": "lookup", "tokens": prompt()}));
+    assert_eq!(answer["tiers"]["storage"], 48, "{answer}");
+    assert_eq!(s.send(json!({"op": "reset_prefix_cache"}))["ok"], true);
+    assert_eq!(s.send(json!({"op": "lookup", "tokens": prompt()}))["hit_tokens"], 0);
+    drop(s);
+    let mut s = folder.session();
+    assert_eq!(s.send(json!({"op": "lookup", "tokens": prompt()}))["hit_tokens"], 0);
+}
+
+#[test]
+fn no_fault_of_storage_lets_wrong_bytes_be_served() {
+    for (place, kind) in ["fail", "short", "corrupt"]
+        .into_iter()
+        .flat_map(|kind| [("storage_read", kind), ("storage_write", kind)])
+    {
+        let folder = Folder::new(&format!("{place}-{kind}"));
+        let mut s = persisted(&folder, (place == "storage_write").then_some(kind));
+        if place == "storage_read" {
+            let fault = json!({"op": "fault", "where": place, "kind": kind, "count": 1});
+            assert_eq!(s.send(fault)["ok"], true);
+        }
+        let answer = s.send(json!({"op": "allocate", "id": 3, "tokens": prompt()}));
+        // A write that is known to have failed is no hit; what lies is found out by the read.
+        let known = place == "storage_write" && kind == "fail";
+        assert_eq!(answer["hit_tokens"], if known { 0 } else { 48 }, "{place} {kind}: {answer}");
+        let answer = s.send(json!({"op": "tick"}));
+        let failed = json!([{"id": 3, "valid_tokens": 0}]);
+        assert_eq!(answer["failed"], if known { json!([]) } else { failed }, "{place} {kind}");
+    }
+}
+
 #[test]
 fn forked_sequences_share_what_they_do_not_write() {
     let mut s = Session::with(json!({

@@ -77,6 +77,23 @@ fn figures_of_a_small_trace() {
 }
 
 #[test]
+fn a_trace_goes_down_to_storage() {
+    let trace = Small::new("storage");
+    // A device and a host tier of one request each: the first prompt is lost by both when it comes again.
+    let text = std::fs::read_to_string(&trace.0).unwrap();
+    let other = text.lines().nth(1).unwrap().replace("[7,8]", "[9,10]");
+    std::fs::write(&trace.0, format!("{text}{other}\n{text}")).unwrap();
+    let config = r#"{"host":{"blocks":64},"storage":{"bytes":100000000}}"#;
+    let args = ["--groups", "full", "--num-blocks", "65", "--config", config];
+    let figures = replay(&trace.0, 9, &args);
+    let tokens = |tier: &str| figures["tiers"][tier]["hit_tokens"].as_u64().unwrap();
+    assert!(tokens("storage") > 0, "{figures:#}");
+    let sum = tokens("device") + tokens("host") + tokens("storage");
+    assert_eq!(figures["hit_tokens"], sum);
+    assert!(figures["fetched"]["blocks"].as_u64().unwrap() > 0);
+}
+
+#[test]
 fn the_benchmark_of_the_manager_reports_every_case() {
     let trace = Small::new("bench");
     let report = trace.0.with_extension("json");
@@ -145,6 +162,7 @@ fn statistics_are_prometheus_text() {
         "hybridkv_transfers_failed_total{direction=\"offload\"} 0",
         "hybridkv_capacity_blocks{tier=\"device\"} 65536",
         "hybridkv_pinned_blocks{tier=\"host\"} 0",
+        "hybridkv_tier_in_service{tier=\"host\"} 1",
         "hybridkv_sequences 0",
     ] {
         assert!(text.lines().any(|line| line == sample), "{sample} is missing in\n{text}");

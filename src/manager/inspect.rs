@@ -50,17 +50,25 @@ impl Manager {
         units.map_while(|unit| tokens.hashes().get(unit).copied())
     }
 
-    /// Tokens of a hit, per tier from the device down, by the slowest tier that any group needs for them.
-    pub fn tier_tokens(&self, hit: &Hit) -> [usize; 3] {
+    /// Tokens of a hit of `tokens`, per tier from the device down, by the slowest tier that any group needs
+    /// for them.
+    pub fn tier_tokens(&self, tokens: &HashedTokens, hit: &Hit) -> [usize; 3] {
         let unit = self.hash_block.max(1);
-        let on_device = |tokens: usize| {
-            self.groups.iter().zip(&hit.blocks).all(|(group, row)| {
-                let b = tokens / group.block_size;
-                !group.needs(b, hit.tokens) || row[b] != NULL
-            })
-        };
-        let device = (0..hit.tokens).step_by(unit).filter(|&t| on_device(t)).count() * unit;
-        [device, hit.tokens - device, 0]
+        let mut tiers = [0; 3];
+        for at in (0..hit.tokens).step_by(unit) {
+            let slowest =
+                self.groups.iter().zip(&hit.blocks).enumerate().map(|(g, (group, row))| {
+                    let b = at / group.block_size;
+                    if !group.needs(b, hit.tokens) || row[b] != NULL {
+                        return 0;
+                    }
+                    let hash = &tokens.hashes()[group.key_index(b)];
+                    let on_host = self.host.as_ref().is_some_and(|h| h.find(g, hash).is_some());
+                    if on_host { 1 } else { 2 }
+                });
+            tiers[slowest.max().unwrap_or(0)] += unit;
+        }
+        tiers
     }
 
     /// What it takes to run one more request of up to `tokens` tokens beside the sequences `running`, each

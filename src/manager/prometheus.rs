@@ -30,7 +30,7 @@ impl Manager {
         let by_direction = |value: fn(&TransferStats) -> u64| -> Vec<(String, u64)> {
             directions.iter().map(|(d, s)| (format!("direction=\"{d}\""), value(s))).collect()
         };
-        let tiers = [("device", &stats.device), ("host", &stats.host)];
+        let tiers = [("device", &stats.device), ("host", &stats.host), ("storage", &stats.storage)];
         let by_group = |value: fn(&TierStats) -> u64| -> Vec<(String, u64)> {
             let mut samples = Vec::new();
             for (tier, groups) in tiers {
@@ -41,10 +41,20 @@ impl Manager {
             }
             samples
         };
-        let of_tiers = |device: usize, host: usize| {
-            let host = self.host.as_ref().map(|_| ("tier=\"host\"".to_owned(), host as u64));
-            std::iter::once(("tier=\"device\"".to_owned(), device as u64)).chain(host).collect()
+        let lower = [
+            ("host", self.host.is_some(), stats.host_breaker),
+            ("storage", self.storage.is_some(), stats.storage_breaker),
+        ];
+        let there = lower.iter().filter(|(_, there, _)| *there);
+        let of_tiers = |device: usize, host: usize, storage: usize| -> Vec<(String, u64)> {
+            let blocks = |tier: &str| if tier == "host" { host } else { storage };
+            let lower = there.clone().map(|&(tier, ..)| (tier, blocks(tier)));
+            let all = std::iter::once(("device", device)).chain(lower);
+            all.map(|(tier, blocks)| (format!("tier=\"{tier}\""), blocks as u64)).collect()
         };
+        let closed = there.clone().map(|(tier, _, breaker)| {
+            (format!("tier=\"{tier}\""), u64::from(*breaker == BreakerState::Closed))
+        });
 
         let metrics = [
             counter("allocations_total", "Sequences allocated.", plain(stats.allocations)),
@@ -55,6 +65,11 @@ impl Manager {
                 "device_hit_tokens_total",
                 "Prompt tokens that the device alone could serve.",
                 plain(stats.device_hit_tokens),
+            ),
+            counter(
+                "host_hit_tokens_total",
+                "Prompt tokens that device and host could serve.",
+                plain(stats.host_hit_tokens),
             ),
             counter(
                 "offloads_refused_total",
@@ -84,17 +99,26 @@ impl Manager {
             gauge(
                 "capacity_blocks",
                 "Blocks that a tier can hold.",
-                of_tiers(usage.device_capacity, usage.host_capacity),
+                of_tiers(usage.device_capacity, usage.host_capacity, usage.storage_capacity),
             ),
             gauge(
                 "used_blocks",
                 "Blocks that hold something.",
-                of_tiers(usage.device_used, usage.host_used),
+                of_tiers(usage.device_used, usage.host_used, usage.storage_used),
             ),
             gauge(
                 "pinned_blocks",
                 "Blocks that cannot be evicted now.",
-                of_tiers(usage.device_capacity - usage.device_free, usage.host_pinned),
+                of_tiers(
+                    usage.device_capacity - usage.device_free,
+                    usage.host_pinned,
+                    usage.storage_pinned,
+                ),
+            ),
+            gauge(
+                "tier_in_service",
+                "1 where a tier is used, 0 where it is left alone because transfers failed.",
+                closed.collect(),
             ),
             gauge("sequences", "Live sequences.", plain(self.sequences.len() as u64)),
         ];

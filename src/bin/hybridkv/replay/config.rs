@@ -1,7 +1,9 @@
 //! The configuration of a replayed manager, with the names and defaults of the `config` operation.
 
 use hybridkv::error::{Error, Result};
-use hybridkv::manager::{GroupConfig, HostConfig, ManagerConfig, Retention, WritePolicy};
+use hybridkv::manager::{
+    BreakerConfig, GroupConfig, HostConfig, ManagerConfig, Retention, StorageConfig, WritePolicy,
+};
 use hybridkv::spec::{AttentionKind, GroupKind, GroupPlan, LayerGroup, StateGroup};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -13,6 +15,9 @@ const TOKEN_BYTES: u64 = 4096;
 
 /// Blocks of a tier, at most: a line of input must not take all memory.
 const MAX_BLOCKS: u32 = 1 << 24;
+
+/// A breaker that does not open.
+const NEVER: BreakerConfig = BreakerConfig { failures: u32::MAX, retry_ns: 0 };
 
 /// SGLang's threshold of write-through-selective.
 const SELECTIVE_USES: u32 = 2;
@@ -35,6 +40,7 @@ pub struct Config {
     in_flight_tokens: u32,
     max_model_len: Option<u32>,
     host: Option<Host>,
+    storage: Option<Storage>,
     block_bytes: Option<u64>,
 }
 
@@ -77,6 +83,16 @@ struct Host {
     write: Write,
     /// Offers of a block before it is stored.
     store_threshold: Option<u32>,
+}
+
+/// The storage tier.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Storage {
+    /// Root folder of its files. A trace moves no bytes and writes none.
+    pub path: Option<String>,
+    /// Budget.
+    pub bytes: u64,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
@@ -152,8 +168,8 @@ impl Config {
             })?;
             Ok(GroupConfig { kind: group.kind()?, sink_tokens: group.sink_tokens, block_size })
         };
+        let groups: Vec<GroupConfig> = self.groups.iter().map(group).collect::<Result<_>>()?;
         Ok(ManagerConfig {
-            groups: self.groups.iter().map(group).collect::<Result<_>>()?,
             num_blocks: self.num_blocks,
             prefix_caching: self.prefix_caching,
             retention: Retention {
@@ -164,8 +180,15 @@ impl Config {
             max_model_len: self.max_model_len.unwrap_or(u32::MAX),
             in_flight_tokens: self.in_flight_tokens,
             host: self.host.as_ref().map(Host::config).transpose()?,
-            identity: [0; 32],
+            // Files of other groups are another's.
+            identity: *blake3::hash(format!("replay {groups:?}").as_bytes()).as_bytes(),
+            groups,
         })
+    }
+
+    /// The storage tier, if there is one.
+    pub fn storage(&self) -> Option<&Storage> {
+        self.storage.as_ref()
     }
 
     /// Bytes of a block of the pool.
@@ -192,7 +215,7 @@ impl Host {
             }
         };
         let HostPolicy::Lru = self.policy;
-        Ok(HostConfig::new(self.blocks).with_write(write))
+        Ok(HostConfig { breaker: NEVER, ..HostConfig::new(self.blocks).with_write(write) })
     }
 }
 
@@ -211,6 +234,12 @@ impl Group {
             )),
         }
     }
+}
+
+/// The storage tier of so many slots, whatever it is asked for: a session has no clock, so that a tier which was
+/// left alone would never be tried again.
+pub fn storage(num_slots: u32) -> StorageConfig {
+    StorageConfig { breaker: NEVER, ..StorageConfig::new(num_slots) }
 }
 
 /// The fields in which the crate's defaults differ from replay's.

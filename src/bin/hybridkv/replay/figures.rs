@@ -118,11 +118,17 @@ impl Figures {
         self.manager_seconds
     }
 
+    /// Name, hit tokens that it added to those of the tiers above, and groups of every tier.
     fn tiers(&self) -> Vec<(&'static str, u64, &[TierStats])> {
-        let Stats { hit_tokens, device_hit_tokens, device, host, .. } = &self.stats;
-        let mut tiers = vec![("device", *device_hit_tokens, device.as_slice())];
-        if !host.is_empty() {
-            tiers.push(("host", hit_tokens - device_hit_tokens, host.as_slice()));
+        let stats = &self.stats;
+        let (device, host) = (stats.device_hit_tokens, stats.host_hit_tokens);
+        let mut tiers = vec![("device", device, stats.device.as_slice())];
+        if !stats.host.is_empty() {
+            tiers.push(("host", host.saturating_sub(device), stats.host.as_slice()));
+        }
+        if !stats.storage.is_empty() {
+            let added = stats.hit_tokens.saturating_sub(host);
+            tiers.push(("storage", added, stats.storage.as_slice()));
         }
         tiers
     }
@@ -177,6 +183,8 @@ impl Figures {
             "tiers": tiers,
             "offloaded": moved(self.stats.offloads.succeeded),
             "onboarded": moved(self.stats.onboards.succeeded),
+            "persisted": moved(self.stats.persists.succeeded),
+            "fetched": moved(self.stats.fetches.succeeded),
             "times": times,
             "manager_seconds": self.manager_seconds,
             "seconds": self.seconds,
@@ -220,9 +228,12 @@ impl Figures {
                 );
             }
         }
-        for (what, transfers) in
-            [("offloaded", &self.stats.offloads), ("onboarded", &self.stats.onboards)]
-        {
+        for (what, transfers) in [
+            ("offloaded", &self.stats.offloads),
+            ("onboarded", &self.stats.onboards),
+            ("persisted", &self.stats.persists),
+            ("fetched", &self.stats.fetches),
+        ] {
             let _ = writeln!(
                 out,
                 "{what} {} blocks, {}",

@@ -7,9 +7,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use hybridkv::device::{Device, PinnedBuffer, Stream};
-use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind};
+use hybridkv::engine::{
+    BlockStore, Engine, EngineConfig, Fault, FaultKind, FileStore, FileStoreConfig, SyncPolicy,
+};
 use hybridkv::error::Result;
-use hybridkv::manager::{BlockCopy, BlockHash, BlockId, Direction, Outcome, Transfer, TransferId};
+use hybridkv::manager::{
+    BlockCopy, BlockHash, BlockId, Direction, Outcome, StoredBlock, Transfer, TransferId,
+};
 use hybridkv::ops::Kernels;
 
 use super::ops::{Misbehaviour, Place};
@@ -48,6 +52,30 @@ impl Memory {
             faults: VecDeque::new(),
             ended: Vec::new(),
         })
+    }
+
+    /// Attaches a storage tier of files below `path`; gives its slots and what they hold.
+    pub fn attach_storage(
+        &mut self,
+        path: &str,
+        bytes: u64,
+        identity: [u8; 32],
+    ) -> Result<(u32, Vec<StoredBlock>)> {
+        let store = FileStore::open(FileStoreConfig {
+            path: path.into(),
+            bytes,
+            block_bytes: BLOCK,
+            identity,
+            sync: SyncPolicy::Never,
+        })?;
+        let found = (store.num_slots(), store.stored().to_vec());
+        self.engine.attach_storage(Arc::new(store), 1)?;
+        Ok(found)
+    }
+
+    /// Empties the storage tier, to which no transfer may be outstanding.
+    pub fn clear_storage(&mut self) -> Result<()> {
+        self.engine.store().map_or(Ok(()), BlockStore::clear)
     }
 
     /// Stands for the step that computes a block.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use hybridkv::error::{ErrorKind, Result};
 use hybridkv::manager::{ExtraKeys, Manager, Outcome, SeqId, WritePolicy};
 
-use super::config::Config;
+use super::config::{self, Config};
 use super::figures::{Figures, Phase, Times};
 use crate::trace::{Trace, output_token};
 
@@ -20,6 +20,11 @@ const KEYS: ExtraKeys<'static> = ExtraKeys { salt: "", lora: "" };
 /// Those of the manager: a pool too small for the longest request.
 pub fn replay(trace: &Trace, config: &Config) -> Result<(Manager, Figures)> {
     let mut manager = Manager::new(config.manager()?)?;
+    if let Some(storage) = config.storage() {
+        let slots = storage.bytes.checked_div(config.block_bytes()).unwrap_or(0);
+        let slots = u32::try_from(slots).unwrap_or(u32::MAX);
+        manager.attach_storage(config::storage(slots), &[])?;
+    }
     let mut times = Times::with_capacity(trace.len());
     let (mut prompt, mut output) = (Vec::new(), Vec::new());
     let start = Instant::now();
@@ -88,6 +93,7 @@ fn complete_transfers(manager: &mut Manager) -> Result<()> {
     while manager.next_copy().is_some() {}
     while let Some(transfer) = manager.next_transfer() {
         manager.complete(transfer.id, Outcome::Succeeded)?;
+        while manager.next_completion().is_some() {}
     }
     Ok(())
 }

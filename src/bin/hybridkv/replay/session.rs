@@ -10,7 +10,7 @@ use hybridkv::manager::{
 use serde_json::{Map, Value, json};
 
 use super::OP;
-use super::config::Config;
+use super::config::{self, Config};
 use super::memory::Memory;
 use super::ops::{Id, Line, Misbehaviour, Op, Place, Tokens};
 
@@ -36,7 +36,7 @@ fn answer(session: &mut Option<Session>, line: &[u8]) -> Result<Value> {
         (Line::Config(fields), session) => {
             let new = Session::new(&Config::new(fields)?)?;
             let groups: Vec<Value> =
-                new.manager.config().groups.iter().map(super::config::describe_group).collect();
+                new.manager.config().groups.iter().map(config::describe_group).collect();
             *session = Some(new);
             Ok(json!({ "ok": true, "groups": groups }))
         }
@@ -65,6 +65,8 @@ struct Session {
     /// What executes transfers; none without lower tiers.
     memory: Option<Memory>,
     write_back: bool,
+    /// Of the storage tier, if there is one.
+    storage_slots: Option<u32>,
     sequences: HashMap<Id, Sequence>,
     names: HashMap<SeqId, Id>,
     /// Number of the next sequence that is not named by a number of its own.
@@ -84,19 +86,30 @@ struct Sequence {
 impl Session {
     fn new(config: &Config) -> Result<Self> {
         let fields = config.manager()?;
-        let memory = match fields.host {
+        let mut memory = match fields.host {
             Some(host) => Some(Memory::new(fields.num_blocks, host.num_slots)?),
             None => None,
         };
         let write_back = fields.host.is_some_and(|host| host.write == WritePolicy::Back);
         // Requests longer than the pool are refused when they come.
+        let identity = fields.identity;
         let mut manager = Manager::oversubscribed(fields)?;
         manager.record_events(true);
+        let mut storage_slots = None;
+        if let Some(storage) = config.storage() {
+            let (Some(memory), Some(path)) = (&mut memory, &storage.path) else {
+                return Err(Error::invalid(OP, "storage needs a path, and a host tier above it"));
+            };
+            let (slots, stored) = memory.attach_storage(path, storage.bytes, identity)?;
+            manager.attach_storage(config::storage(slots), &stored)?;
+            storage_slots = Some(slots);
+        }
         Ok(Self {
             manager,
             block_bytes: config.block_bytes(),
             memory,
             write_back,
+            storage_slots,
             sequences: HashMap::new(),
             names: HashMap::new(),
             next: FIRST_NUMBER,
@@ -155,7 +168,7 @@ impl Session {
                 self.manager.forget(seq, group, block_index)?;
                 Ok(json!({ "ok": true }))
             }
-            Op::ResetPrefixCache {} => Ok(json!({ "ok": self.manager.reset_prefix_cache() })),
+            Op::ResetPrefixCache {} => self.reset(),
             Op::State {} => Ok(self.state()),
             Op::Events {} => {
                 let events: Vec<Value> = self.events.drain(..).map(|e| event(&e)).collect();
@@ -176,12 +189,13 @@ impl Session {
         if tokens.is_empty() {
             return Err(Error::invalid(OP, "no tokens given"));
         }
-        let hit = self.manager.lookup(&tokens, keys);
+        let hashed = self.manager.hash(&tokens, keys);
+        let hit = self.manager.lookup_hashed(&hashed);
         let mut answer = json!({
             "ok": true,
             "hit_tokens": hit.tokens,
             "hit_blocks": hit.blocks,
-            "tiers": self.tier_tokens(&hit),
+            "tiers": self.tier_tokens(&hashed, &hit),
         });
         if self.memory.is_some() {
             answer["device_hit_tokens"] = hit.device_tokens.into();
@@ -213,7 +227,11 @@ impl Session {
             None => self.manager.hash(&[], keys),
         };
         let seq = self.number(&id);
-        let hit = self.memory.is_some().then(|| self.manager.lookup_hashed(&hashed));
+        let hit = self.memory.is_some().then(|| {
+            let hit = self.manager.lookup_hashed(&hashed);
+            let tiers = self.tier_tokens(&hashed, &hit);
+            (hit, tiers)
+        });
         let allocation =
             self.with_room(|manager| manager.allocate_hashed(seq, hashed.clone(), slots))?;
         self.collect_transfers()?;
@@ -226,7 +244,7 @@ impl Session {
             "new_blocks": allocation.new_blocks,
             "blocks": self.blocks(seq)?,
         });
-        if let Some(hit) = hit {
+        if let Some((hit, tiers)) = hit {
             // What the table has of the hit and the device had not.
             let loads: Vec<usize> = (hit.blocks.iter().zip(self.blocks(seq)?))
                 .map(|(found, table)| {
@@ -234,7 +252,7 @@ impl Session {
                 })
                 .collect();
             answer["device_hit_tokens"] = allocation.device_hit_tokens.into();
-            answer["tiers"] = self.tier_tokens(&hit);
+            answer["tiers"] = tiers;
             answer["loads"] = loads.into();
             answer["ready"] = (!waiting).into();
         }
@@ -280,6 +298,16 @@ impl Session {
         sequence.computed = computed;
         self.collect_transfers()?;
         Ok(json!({ "ok": true, "freed": freed }))
+    }
+
+    fn reset(&mut self) -> Result<Value> {
+        let done = self.manager.reset_prefix_cache();
+        if let (true, Some(memory), Some(slots)) = (done, &mut self.memory, self.storage_slots) {
+            // The manager has let go of the storage tier: emptied, it comes back.
+            memory.clear_storage()?;
+            self.manager.attach_storage(config::storage(slots), &[])?;
+        }
+        Ok(json!({ "ok": done }))
     }
 
     fn fork(&mut self, id: Id, from: &Id) -> Result<Value> {
@@ -385,36 +413,46 @@ impl Session {
     }
 
     /// Tokens of a hit by the slowest tier that any group needs for them.
-    fn tier_tokens(&self, hit: &Hit) -> Value {
-        let [device, host, storage] = self.manager.tier_tokens(hit);
+    fn tier_tokens(&self, tokens: &HashedTokens, hit: &Hit) -> Value {
+        let [device, host, storage] = self.manager.tier_tokens(tokens, hit);
         json!({ "device": device, "host": host, "storage": storage })
     }
 
     fn tick(&mut self, n: usize) -> Result<Value> {
-        let (mut ended, mut ready, mut failed, mut dropped) = (0, vec![], vec![], vec![]);
+        let mut ended = 0;
+        let (mut ready, mut failed, mut dropped) = (vec![], vec![], vec![]);
         while ended < n
             && let Some(memory) = &mut self.memory
             && let Some((id, outcome)) = memory.end_next(None)?
         {
             ended += 1;
-            match self.manager.complete(id, outcome)? {
-                Completion::Pending => {}
-                Completion::Ready { seq, valid_tokens } => {
-                    let Some(id) = self.names.get(&seq) else { continue };
-                    let Some(sequence) = self.sequences.get_mut(id) else { continue };
-                    sequence.waiting = false;
-                    match valid_tokens == sequence.computed {
-                        true => ready.push(json!(id)),
-                        false => failed.push(json!({ "id": id, "valid_tokens": valid_tokens })),
+            let mut next = Some(self.manager.complete(id, outcome)?);
+            while let Some(completion) = next {
+                match completion {
+                    Completion::Pending => {}
+                    Completion::Ready { seq, valid_tokens } => {
+                        if let Some(id) = self.names.get(&seq)
+                            && let Some(sequence) = self.sequences.get_mut(id)
+                        {
+                            match valid_tokens == sequence.computed {
+                                true => ready.push(json!(id)),
+                                false => {
+                                    failed.push(json!({ "id": id, "valid_tokens": valid_tokens }))
+                                }
+                            }
+                            sequence.waiting = false;
+                            sequence.computed = valid_tokens;
+                        }
                     }
-                    sequence.computed = valid_tokens;
-                }
-                Completion::Dropped { seq } => {
-                    if let Some(id) = self.names.get(&seq).cloned() {
-                        self.end(&id)?;
-                        dropped.push(json!(id));
+                    Completion::Dropped { seq } => {
+                        if let Some(id) = self.names.get(&seq).cloned() {
+                            self.end(&id)?;
+                            dropped.push(json!(id));
+                        }
                     }
                 }
+                // One transfer may be what several sequences have waited for.
+                next = self.manager.next_completion();
             }
             self.collect_transfers()?;
         }
@@ -430,6 +468,10 @@ impl Session {
         let Some(memory) = &mut self.memory else {
             return Err(Error::invalid(OP, "there are no transfers without a host tier"));
         };
+        let of_storage = matches!(place, Place::StorageRead | Place::StorageWrite);
+        if of_storage && self.storage_slots.is_none() {
+            return Err(Error::invalid(OP, "there is no storage tier"));
+        }
         memory.inject(place, kind, count);
         Ok(json!({ "ok": true }))
     }
@@ -454,6 +496,10 @@ impl Session {
         if self.memory.is_some() {
             tiers["host"] = tier(usage.host_used, usage.host_capacity, usage.host_pinned);
         }
+        if self.storage_slots.is_some() {
+            tiers["storage"] =
+                tier(usage.storage_used, usage.storage_capacity, usage.storage_pinned);
+        }
         json!({
             "ok": true,
             "free": m.free_blocks(),
@@ -468,7 +514,7 @@ impl Session {
         let mut answer = json!({ "ok": true });
         let stats = serde_json::to_value(self.manager.stats())
             .map_err(|e| Error::invalid(OP, e.to_string()))?;
-        super::config::merge(&mut answer, stats);
+        config::merge(&mut answer, stats);
         Ok(answer)
     }
 }
