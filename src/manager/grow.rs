@@ -137,6 +137,11 @@ fn moves(
 /// it has to be.
 fn shared_tail(group: &Group, pool: &Pool, table: &[BlockId], tokens: usize) -> Option<usize> {
     let b = tokens / group.block_size;
+    if group.kind == GroupKind::State && b == table.len() {
+        // A checkpoint is left behind; a slot that a fork shares would be one block too many.
+        let block = pool.block(*table.last()?);
+        return (block.users > 1 && !block.cached).then(|| b - 1);
+    }
     let id = *table.get(b).filter(|_| !tokens.is_multiple_of(group.block_size))?;
     pool.is_shared(id).then_some(b)
 }
