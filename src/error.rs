@@ -196,6 +196,14 @@ pub enum ErrorKind {
     /// A transfer completion that names no outstanding transfer.
     #[error("transfer {0} is not outstanding")]
     UnknownTransfer(u64),
+    /// A rank that is none of the set's.
+    #[error("rank {rank} does not exist: there are {ranks}")]
+    UnknownRank {
+        /// The rank.
+        rank: u32,
+        /// How many there are.
+        ranks: u32,
+    },
     /// Input text that does not parse.
     #[error("line {line}: {message}")]
     Parse {

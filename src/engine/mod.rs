@@ -112,6 +112,13 @@ impl EngineConfig {
     }
 }
 
+fn addressable(bytes: u64, kind: &'static str) -> Result<usize> {
+    usize::try_from(bytes).map_err(|_| {
+        let reason = "more than the address space".into();
+        Error::new(OP, ErrorKind::OutOfMemory { kind, requested: bytes, reason })
+    })
+}
+
 fn slot_bytes(block_bytes: usize) -> u64 {
     (block_bytes as u64).next_multiple_of(SLOT_ALIGN)
 }
@@ -144,7 +151,8 @@ pub struct Engine {
     kernels: Arc<Kernels>,
     config: EngineConfig,
     pool: DeviceBuffer,
-    arena: PinnedBuffer,
+    /// Shared by the ranks that hold the same heads.
+    arena: Arc<PinnedBuffer>,
 }
 
 impl Engine {
@@ -153,15 +161,27 @@ impl Engine {
     /// # Errors
     /// `OutOfMemory` for device or pinned memory that cannot be had; driver errors.
     pub fn new(kernels: Arc<Kernels>, config: EngineConfig) -> Result<Self> {
+        let bytes = addressable(config.host_bytes(), "pinned host")?;
+        let arena = Arc::new(kernels.device().alloc_pinned(bytes)?);
+        Self::with_arena(kernels, config, arena)
+    }
+
+    /// An engine of the same sizes that has no host arena of its own but loads from that of `owner`, which
+    /// holds the same heads (see [`crate::manager::RankSet::owner`]). What it is given to store lands there, too.
+    ///
+    /// # Errors
+    /// Those of [`Self::new`].
+    pub fn replica(kernels: Arc<Kernels>, owner: &Self) -> Result<Self> {
+        Self::with_arena(kernels, owner.config, Arc::clone(&owner.arena))
+    }
+
+    fn with_arena(
+        kernels: Arc<Kernels>,
+        config: EngineConfig,
+        arena: Arc<PinnedBuffer>,
+    ) -> Result<Self> {
         let device = kernels.device();
-        let bytes = |n: u64, kind: &'static str| {
-            usize::try_from(n).map_err(|_| {
-                let reason = "more than the address space".into();
-                Error::new(OP, ErrorKind::OutOfMemory { kind, requested: n, reason })
-            })
-        };
-        let pool = device.alloc(bytes(config.device_bytes(), "device")?)?;
-        let arena = device.alloc_pinned(bytes(config.host_bytes(), "pinned host")?)?;
+        let pool = device.alloc(addressable(config.device_bytes(), "device")?)?;
         Ok(Self {
             storage: None,
             offload: Lane::new(device)?,

@@ -21,6 +21,7 @@ mod prefetch;
 mod prefix;
 mod prometheus;
 mod queue;
+mod ranks;
 mod retention;
 mod sequence;
 mod states;
@@ -35,6 +36,7 @@ pub use self::branch::{BlockCopy, Cut};
 pub use self::events::{Event, EventKind, Tier};
 pub use self::hash::{BlockHash, HashedTokens};
 pub use self::prefetch::Prefetch;
+pub use self::ranks::{Rank, RankSet, Report};
 pub use self::states::StateStep;
 pub use self::stats::{Stats, TierStats, TransferStats, Usage};
 pub use self::tiers::{
