@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 // Changes when a struct or a function here changes. Compare with hkv_abi_version().
-#define HKV_ABI_VERSION 1u
+#define HKV_ABI_VERSION 2u
 
 // What a call came to.
 typedef enum hkv_status {
@@ -92,6 +92,13 @@ typedef struct hkv_head_strides {
 // K and V of one pool of blocks. Token t of block b, layer slot l, head h lies at
 //   k + b * stride_block + l * stride_layer + h * stride_head + t * stride_token
 // with D contiguous elements, and the same for v: every layout is a choice of bases and strides.
+//
+// Elements of HKV_DTYPE_E4M3 stand for element * scale, and the float scale of the same token lies
+// at
+//   k_scale + b * scale_stride_block + l * scale_stride_layer + h * scale_stride_head
+//           + t * scale_stride_token
+// and the same for v. Strides of 0 make it one per tensor or per head, which hkv_append reads; with
+// a token stride every token of every head has its own, which hkv_append computes and writes.
 typedef struct hkv_kv {
   hkv_span k;            // from the first element of K on, 16-byte aligned
   hkv_span v;            // from the first element of V on, 16-byte aligned
@@ -99,21 +106,27 @@ typedef struct hkv_kv {
   int64_t stride_layer;  // 0 where every layer has a base of its own
   int64_t stride_head;
   int64_t stride_token;
-  uint64_t num_blocks;       // blocks that a block table may name
-  uint32_t num_layer_slots;  // layer slots per block that a window table may name
-  uint32_t block_size;       // tokens per block: 8, 16, 32, 64, 128
-  uint32_t num_kv_heads;     // Hk
-  uint32_t head_dim;         // D: 64, 128, 256
-  uint32_t dtype;            // enum hkv_dtype: bf16 or f16
-  uint32_t reserved;         // zero
+  uint64_t num_blocks;         // blocks that a block table may name
+  uint32_t num_layer_slots;    // layer slots per block that a window table may name
+  uint32_t block_size;         // tokens per block: 8, 16, 32, 64, 128
+  uint32_t num_kv_heads;       // Hk
+  uint32_t head_dim;           // D: 64, 128, 256
+  uint32_t dtype;              // enum hkv_dtype: bf16, f16 or e4m3
+  uint32_t reserved;           // zero
+  hkv_span k_scale;            // given if, and only if, dtype is e4m3
+  hkv_span v_scale;            // likewise
+  int64_t scale_stride_block;  // this and the others: in floats
+  int64_t scale_stride_layer;
+  int64_t scale_stride_head;
+  int64_t scale_stride_token;
 } hkv_kv;
 
 // Arguments of hkv_append.
 typedef struct hkv_append_args {
   uint64_t struct_bytes;  // sizeof(hkv_append_args)
   hkv_kv kv;
-  hkv_span k_new;  // [T, Hk, D] of kv.dtype, strides below
-  hkv_span v_new;  // [T, Hk, D] of kv.dtype, strides below
+  hkv_span k_new;  // [T, Hk, D] of dtype, strides below
+  hkv_span v_new;  // [T, Hk, D] of dtype, strides below
   hkv_head_strides new_strides;
   hkv_span
       slot_mapping;     // [G, T] int64 device: block_id * block_size + offset, or negative to skip
@@ -122,6 +135,8 @@ typedef struct hkv_append_args {
   uint32_t num_layers;  // L
   uint32_t layer;       // the layer to write
   uint32_t num_tokens;  // T; 0 is a no-op
+  uint32_t dtype;       // enum hkv_dtype: bf16 or f16; kv.dtype, unless that is e4m3
+  uint32_t reserved;    // zero
 } hkv_append_args;
 
 // Arguments of hkv_attention. Query token t of sequence s has absolute position
@@ -133,9 +148,9 @@ typedef struct hkv_append_args {
 typedef struct hkv_attention_args {
   uint64_t struct_bytes;  // sizeof(hkv_attention_args)
   hkv_kv kv;
-  hkv_span q;  // [T, Hq, D] of kv.dtype, strides below
+  hkv_span q;  // [T, Hq, D] of dtype, strides below
   hkv_head_strides q_strides;
-  hkv_span out;  // [T, Hq, D] of kv.dtype, strides below
+  hkv_span out;  // [T, Hq, D] of dtype, strides below
   hkv_head_strides out_strides;
   hkv_span lse;           // [T, Hq] float, or not given
   hkv_span qo_indptr;     // [S + 1] int32 device
@@ -145,6 +160,9 @@ typedef struct hkv_attention_args {
   hkv_span first_block;   // [G, S] int32 device, or not given: every row starts at block 0
   hkv_span windows;       // [L] hkv_window device
   hkv_span sink_logits;   // [Hq] float device, learned (gpt-oss), or not given
+  hkv_span tree_mask;     // [T] uint32 device: bit u of word t says whether query token t sees
+                          // query token u of its sequence (bit t of itself is set), where the
+                          // layer's kind lets it; or not given. max_q_len is at most 32 then
   hkv_span workspace;     // device, hkv_attention_workspace() bytes
   uint32_t num_groups;    // G
   uint32_t num_layers;    // L
@@ -156,6 +174,8 @@ typedef struct hkv_attention_args {
   uint32_t max_kv_len;    // upper bound on the visible tokens of one sequence in this layer
   float sm_scale;         // factor of the logits, usually 1 / sqrt(D)
   float logits_soft_cap;  // 0: none; else logits become cap * tanh(logits / cap)
+  uint32_t dtype;         // enum hkv_dtype: bf16 or f16; kv.dtype, unless that is e4m3
+  uint32_t reserved;      // zero
 } hkv_attention_args;
 
 // Arguments of hkv_merge_states. Rows are (token, head) pairs.

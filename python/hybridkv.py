@@ -23,13 +23,13 @@ from ctypes import (
     POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p, sizeof,
 )
 
-ABI_VERSION = 1
-BF16, F16, F32 = 0, 1, 2
+ABI_VERSION = 2
+BF16, F16, F32, E4M3 = 0, 1, 2, 3
 FULL, SLIDING, CHUNKED = 0, 1, 2
 
 _DTYPES = {
     "torch.bfloat16": BF16, "torch.float16": F16, "torch.float32": F32,
-    "bfloat16": BF16, "float16": F16, "float32": F32,
+    "torch.float8_e4m3fn": E4M3, "bfloat16": BF16, "float16": F16, "float32": F32,
 }
 
 
@@ -73,7 +73,9 @@ class _KV(Structure):
         ("k", Span), ("v", Span), ("stride_block", c_int64), ("stride_layer", c_int64),
         ("stride_head", c_int64), ("stride_token", c_int64), ("num_blocks", c_uint64),
         ("num_layer_slots", c_uint32), ("block_size", c_uint32), ("num_kv_heads", c_uint32),
-        ("head_dim", c_uint32), ("dtype", c_uint32), ("reserved", c_uint32),
+        ("head_dim", c_uint32), ("dtype", c_uint32), ("reserved", c_uint32), ("k_scale", Span),
+        ("v_scale", Span), ("scale_stride_block", c_int64), ("scale_stride_layer", c_int64),
+        ("scale_stride_head", c_int64), ("scale_stride_token", c_int64),
     ]
 
 
@@ -81,7 +83,8 @@ class AppendArgs(Structure):
     _fields_ = [
         ("struct_bytes", c_uint64), ("kv", _KV), ("k_new", Span), ("v_new", Span),
         ("new_strides", HeadStrides), ("slot_mapping", Span), ("windows", Span), ("num_groups", c_uint32),
-        ("num_layers", c_uint32), ("layer", c_uint32), ("num_tokens", c_uint32),
+        ("num_layers", c_uint32), ("layer", c_uint32), ("num_tokens", c_uint32), ("dtype", c_uint32),
+        ("reserved", c_uint32),
     ]
 
 
@@ -90,10 +93,10 @@ class AttentionArgs(Structure):
         ("struct_bytes", c_uint64), ("kv", _KV), ("q", Span), ("q_strides", HeadStrides), ("out", Span),
         ("out_strides", HeadStrides), ("lse", Span), ("qo_indptr", Span), ("kv_len", Span),
         ("block_ids", Span), ("block_row", Span), ("first_block", Span), ("windows", Span),
-        ("sink_logits", Span), ("workspace", Span), ("num_groups", c_uint32), ("num_layers", c_uint32),
+        ("sink_logits", Span), ("tree_mask", Span), ("workspace", Span), ("num_groups", c_uint32), ("num_layers", c_uint32),
         ("layer", c_uint32), ("num_seqs", c_uint32), ("num_tokens", c_uint32), ("num_qo_heads", c_uint32),
         ("max_q_len", c_uint32), ("max_kv_len", c_uint32), ("sm_scale", c_float),
-        ("logits_soft_cap", c_float),
+        ("logits_soft_cap", c_float), ("dtype", c_uint32), ("reserved", c_uint32),
     ]
 
 
@@ -156,9 +159,11 @@ def span(tensor):
 
 class KV:
     """K and V of a pool of blocks: [block, layer slot, head, token, dim] each, or with `layout="NHD"`
-    [block, layer slot, token, head, dim]. `dtype` where the tensors do not say."""
+    [block, layer slot, token, head, dim]. `dtype` where the tensors do not say. e4m3 elements need
+    scales, float32 of the same shape without dim; dimensions of stride 0 (`expand`, `broadcast_to`)
+    share them, and those of tokens are computed by `append`."""
 
-    def __init__(self, k, v, layout="HND", dtype=None):
+    def __init__(self, k, v, layout="HND", dtype=None, k_scale=None, v_scale=None):
         views = View(k), View(v)
         if len({(view.shape, view.strides) for view in views}) != 1 or len(views[0].shape) != 5:
             raise ValueError("k and v are 5-dimensional, of one shape and with the same strides")
@@ -166,13 +171,24 @@ class KV:
         if strides[4] != 1:
             raise ValueError("the last dimension is contiguous")
         head, token = {"HND": (2, 3), "NHD": (3, 2)}[layout]
-        self._kept = k, v
+        self._kept = k, v, k_scale, v_scale
         self.view = _KV(
             k=views[0].span(), v=views[1].span(), stride_block=strides[0], stride_layer=strides[1],
             stride_head=strides[head], stride_token=strides[token], num_blocks=shape[0],
             num_layer_slots=shape[1], block_size=shape[token], num_kv_heads=shape[head],
             head_dim=shape[4], dtype=_dtype(views[0], dtype),
         )
+        if k_scale is None and v_scale is None:
+            return
+        scales = View(k_scale), View(v_scale)
+        if any(scale.shape != shape[:4] or scale.dtype != F32 for scale in scales):
+            raise ValueError(f"scales are float32 of shape {shape[:4]}")
+        if scales[0].strides != scales[1].strides:
+            raise ValueError("k_scale and v_scale have the same strides")
+        strides = scales[0].strides
+        self.view.k_scale, self.view.v_scale = scales[0].span(), scales[1].span()
+        self.view.scale_stride_block, self.view.scale_stride_layer = strides[:2]
+        self.view.scale_stride_head, self.view.scale_stride_token = strides[head], strides[token]
 
 
 def _dtype(view, given):
@@ -187,8 +203,13 @@ def _keeping(args, *tensors):
     return args
 
 
-def append_args(kv, *, layer, k_new, v_new, slot_mapping, windows):
-    """k_new, v_new [T, Hk, D]; slot_mapping [G, T] int64; windows [L] rows of 32 bytes."""
+def _sixteen_bits(kv):
+    """The type that queries and new tokens of a pool have, unless it is e4m3."""
+    return None if kv.view.dtype == E4M3 else kv.view.dtype
+
+
+def append_args(kv, *, layer, k_new, v_new, slot_mapping, windows, dtype=None):
+    """k_new, v_new [T, Hk, D], of `dtype` where the tensors do not say; slot_mapping [G, T] int64; windows [L] rows of 32 bytes."""
     k, v, slots = View(k_new), View(v_new), View(slot_mapping)
     if k.shape != v.shape or k.strides != v.strides:
         raise ValueError("k_new and v_new are of one shape and have the same strides")
@@ -199,7 +220,7 @@ def append_args(kv, *, layer, k_new, v_new, slot_mapping, windows):
         struct_bytes=sizeof(AppendArgs), kv=kv.view, k_new=k.span(), v_new=v.span(),
         new_strides=k.head_strides(), slot_mapping=slots.span(), windows=table,
         num_groups=slots.shape[0], num_layers=table.bytes // sizeof(Window), layer=layer,
-        num_tokens=k.shape[0],
+        num_tokens=k.shape[0], dtype=_dtype(k, _sixteen_bits(kv) if dtype is None else dtype),
     )
     return _keeping(args, kv, k_new, v_new, slot_mapping, windows)
 
@@ -207,9 +228,11 @@ def append_args(kv, *, layer, k_new, v_new, slot_mapping, windows):
 def attention_args(
     kv, *, layer, q, out, qo_indptr, kv_len, block_ids, block_row, windows, max_q_len, max_kv_len,
     first_block=None, lse=None, sink_logits=None, workspace=None, sm_scale=None, logits_soft_cap=0.0,
+    tree_mask=None, dtype=None,
 ):
     """q, out [T, Hq, D]; qo_indptr [S + 1], kv_len [S], block_ids int32; block_row [G, S] int64;
-    first_block [G, S] int32; lse [T, Hq], sink_logits [Hq] float32; windows [L] rows of 32 bytes."""
+    first_block [G, S] int32; lse [T, Hq], sink_logits [Hq] float32; windows [L] rows of 32 bytes;
+    tree_mask [T] of 32 bits. `dtype` where q does not say."""
     query, output, rows = View(q), View(out), View(block_row)
     if query.shape != output.shape:
         raise ValueError("q and out are of one shape")
@@ -223,11 +246,12 @@ def attention_args(
         layer=layer, num_seqs=View(kv_len).shape[0], num_tokens=query.shape[0],
         num_qo_heads=query.shape[1], max_q_len=max_q_len, max_kv_len=max_kv_len,
         sm_scale=query.shape[2] ** -0.5 if sm_scale is None else sm_scale,
-        logits_soft_cap=logits_soft_cap,
+        logits_soft_cap=logits_soft_cap, tree_mask=span(tree_mask),
+        dtype=_dtype(query, _sixteen_bits(kv) if dtype is None else dtype),
     )
     return _keeping(
         args, kv, q, out, lse, qo_indptr, kv_len, block_ids, block_row, first_block, windows, sink_logits,
-        workspace,
+        tree_mask, workspace,
     )
 
 

@@ -15,7 +15,7 @@ use std::ptr::null_mut;
 use crate::abi::{HKV_DTYPE_BF16, HKV_DTYPE_E4M3, HKV_DTYPE_F16, HKV_DTYPE_F32};
 use crate::device::{Device, Span};
 use crate::error::{Error, ErrorKind, Result};
-use crate::layout::{Dtype, KvShape, KvStrides, KvView};
+use crate::layout::{Dtype, KvScales, KvShape, KvStrides, KvView};
 use crate::ops::{
     AppendArgs, AttentionArgs, BlockTables, CtaQuota, HeadStrides, Kernels, MergeArgs, MoveArgs,
     WindowTable,
@@ -354,8 +354,25 @@ impl hkv_kv {
             block_size: self.block_size,
             num_blocks: self.num_blocks,
             num_layer_slots: self.num_layer_slots,
-            scales: None,
+            scales: self.scales()?,
         })
+    }
+}
+
+impl hkv_kv {
+    /// Scales, if both are given; one alone is none at all.
+    fn scales(&self) -> Result<Option<KvScales>> {
+        let strides = KvStrides {
+            block: self.scale_stride_block,
+            layer: self.scale_stride_layer,
+            head: self.scale_stride_head,
+            token: self.scale_stride_token,
+        };
+        match (self.k_scale.given(), self.v_scale.given()) {
+            (Some(k), Some(v)) => Ok(Some(KvScales { k, v, strides })),
+            (None, None) => Ok(None),
+            _ => Err(Error::invalid("hybridkv", "one of kv.k_scale and kv.v_scale is null")),
+        }
     }
 }
 
@@ -364,7 +381,7 @@ impl hkv_append_args {
         Ok(AppendArgs {
             k_new: self.k_new.to_ops(),
             v_new: self.v_new.to_ops(),
-            dtype: dtype(self.kv.dtype, "kv.dtype")?,
+            dtype: dtype(self.dtype, "dtype")?,
             new_strides: self.new_strides.to_ops(),
             kv: self.kv.to_ops()?,
             slot_mapping: self.slot_mapping.to_ops(),
@@ -383,7 +400,7 @@ impl hkv_attention_args {
             q_strides: self.q_strides.to_ops(),
             out: self.out.to_ops(),
             out_strides: self.out_strides.to_ops(),
-            dtype: dtype(self.kv.dtype, "kv.dtype")?,
+            dtype: dtype(self.dtype, "dtype")?,
             lse: self.lse.given(),
             kv: self.kv.to_ops()?,
             qo_indptr: self.qo_indptr.to_ops(),
@@ -397,7 +414,7 @@ impl hkv_attention_args {
             windows: WindowTable { rows: self.windows.to_ops(), num_layers: self.num_layers },
             layer: self.layer,
             sink_logits: self.sink_logits.given(),
-            tree_mask: None,
+            tree_mask: self.tree_mask.given(),
             num_qo_heads: self.num_qo_heads,
             num_seqs: self.num_seqs,
             num_tokens: self.num_tokens,

@@ -105,6 +105,7 @@ static hkv_append_args append_args(void) {
   args.num_groups = GROUPS;
   args.num_layers = LAYERS;
   args.num_tokens = TOKENS;
+  args.dtype = HKV_DTYPE_BF16;
   return args;
 }
 
@@ -136,6 +137,7 @@ static hkv_attention_args attention_args(uint32_t layer) {
   args.max_q_len = QUERIES;
   args.max_kv_len = TOKENS;
   args.sm_scale = 0.125f;
+  args.dtype = HKV_DTYPE_BF16;
   return args;
 }
 
@@ -208,6 +210,11 @@ static void test_append(const hkv_kernels* kernels) {
   args = append_args();
   args.kv.block_size = 24;
   CHECK_ERROR(hkv_append(kernels, &args, NULL), HKV_UNSUPPORTED, "8, 16, 32, 64, 128");
+  args = append_args();
+  args.kv.dtype = HKV_DTYPE_E4M3;
+  CHECK_ERROR(hkv_append(kernels, &args, NULL), HKV_INVALID_ARGUMENT, "without scales");
+  args.kv.k_scale = SPAN(lse);
+  CHECK_ERROR(hkv_append(kernels, &args, NULL), HKV_INVALID_ARGUMENT, "kv.v_scale");
   args = append_args();
   args.kv.dtype = 77;
   CHECK_ERROR(hkv_append(kernels, &args, NULL), HKV_UNSUPPORTED, "77");

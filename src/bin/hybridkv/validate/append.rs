@@ -2,18 +2,21 @@
 
 use hybridkv::abi::{self, hkv_window};
 use hybridkv::device::Span;
+use hybridkv::e4m3;
 use hybridkv::error::Result;
-use hybridkv::layout::{Dtype, KvShape, KvView};
+use hybridkv::layout::{Dtype, KvScales, KvShape, KvStrides, KvView};
 use hybridkv::ops::{AppendArgs, HeadStrides, WindowTable};
 
-use super::bed::{Bed, Fault, Outcome, POISON};
-use super::case::{LAYOUTS, Layout, PoolShape};
+use super::bed::{Bed, Fault, Outcome, POISON, decode, encode};
+use super::case::{LAYOUTS, Layout, PoolShape, Scales};
 use crate::random::Rng;
 
 /// One case of `append`.
 #[derive(Debug)]
 pub struct Case {
     dtype: Dtype,
+    /// Scales of an e4m3 pool; `None`: it is of `dtype`.
+    scales: Option<Scales>,
     head_dim: usize,
     heads: usize,
     block_size: usize,
@@ -45,6 +48,13 @@ impl Case {
         } as usize;
         Self {
             dtype: rng.pick(&[Dtype::Bf16, Dtype::F16]),
+            scales: rng.pick(&[
+                None,
+                None,
+                Some(Scales::Tensor),
+                Some(Scales::Head),
+                Some(Scales::Token),
+            ]),
             head_dim,
             heads,
             block_size,
@@ -60,17 +70,18 @@ impl Case {
 
     /// The class of the case in the summary.
     pub fn class(&self) -> String {
-        format!("append {:?}", self.layout)
+        format!("append {}{:?}", if self.scales.is_some() { "e4m3 " } else { "" }, self.layout)
     }
 
     /// The case's name.
     pub fn name(&self) -> String {
         format!(
-            "append/{}/{}/d{}/{}/b{} {:?} blocks{} layers{} groups{} skipped{}% gaps{:?}",
+            "append/{}/{}/d{}/{}{}/b{} {:?} blocks{} layers{} groups{} skipped{}% gaps{:?}",
             self.tokens,
             self.heads,
             self.head_dim,
             self.dtype.name(),
+            self.scales.map_or(String::new(), |scales| format!("/e4m3 per {scales:?}")),
             self.block_size,
             self.layout,
             self.blocks,
@@ -79,6 +90,20 @@ impl Case {
             self.skipped,
             self.gaps
         )
+    }
+
+    /// A row as e4m3: what `append` is documented to do, in f32.
+    fn quantise(&self, row: &[u16], target: &mut [u8], scale: &mut f32, compute: bool) {
+        let row: Vec<f32> = row.iter().map(|&bits| decode(self.dtype, bits) as f32).collect();
+        if compute {
+            let numbers = row.iter().filter(|x| !x.is_nan());
+            let largest = numbers.fold(0f32, |max, x| if x.abs() > max { x.abs() } else { max });
+            *scale = (largest / e4m3::MAX).max(e4m3::LEAST_SCALE);
+        }
+        let inverse = scale.recip();
+        for (element, x) in target.iter_mut().zip(row) {
+            *element = e4m3::from_f32(x * inverse);
+        }
     }
 
     /// Runs the case.
@@ -121,10 +146,25 @@ impl Case {
 
         let head_stride = self.head_dim + self.gaps.0;
         let token_stride = self.heads * head_stride + self.gaps.1;
-        let mut new =
-            || -> Vec<u16> { (0..self.tokens * token_stride).map(|_| rng.next() as u16).collect() };
+        // Any bits, NaN and infinities among them, or numbers.
+        let numbers = self.scales.is_some() && rng.chance(60);
+        let mut new = || -> Vec<u16> {
+            let count = self.tokens * token_stride;
+            if numbers {
+                rng.normals(count).map(|x| encode(self.dtype, x)).collect()
+            } else {
+                (0..count).map(|_| rng.next() as u16).collect()
+            }
+        };
         let (k_new, v_new) = (new(), new());
-        let before: Vec<u16> = (0..pool.elements).map(|_| rng.next() as u16).collect();
+        let element = if self.scales.is_some() { 1 } else { 2 };
+        let before: Vec<u8> = (0..pool.elements * element).map(|_| rng.next() as u8).collect();
+        let (scale_strides, num_scales) = self.scales.map_or((KvStrides::NONE, 0), |scales| {
+            scales.shape(self.blocks, self.layers, self.heads, self.block_size)
+        });
+        let mut scales = [0, 1]
+            .map(|_| (0..num_scales).map(|_| 0.01 + rng.below(99) as f32).collect::<Vec<_>>());
+        let scales_before = scales.clone();
         let mut expected = before.clone();
         for (token, &slot) in slots.iter().enumerate().filter(|(_, slot)| **slot >= 0) {
             let (block, offset) =
@@ -132,9 +172,22 @@ impl Case {
             for head in 0..self.heads {
                 let from = token * token_stride + head * head_stride;
                 let to = pool.index(block, layer_slot, head, offset);
-                for i in 0..self.head_dim {
-                    expected[to + i] = k_new[from + i];
-                    expected[to + pool.v_offset + i] = v_new[from + i];
+                let KvStrides { block: b, layer, head: h, token: t } = scale_strides;
+                let scale_at: usize = [(block, b), (layer_slot, layer), (head, h), (offset, t)]
+                    .iter()
+                    .map(|&(i, stride)| i * stride as usize)
+                    .sum();
+                for (half, new) in [&k_new, &v_new].into_iter().enumerate() {
+                    let row = &new[from..from + self.head_dim];
+                    let to = (to + half * pool.v_offset) * element;
+                    let target = &mut expected[to..to + self.head_dim * element];
+                    match self.scales {
+                        None => target.copy_from_slice(bytemuck::cast_slice(row)),
+                        Some(granularity) => {
+                            let scale = &mut scales[half][scale_at];
+                            self.quantise(row, target, scale, granularity == Scales::Token);
+                        }
+                    }
                 }
             }
         }
@@ -150,7 +203,9 @@ impl Case {
         let buffer = bed.device.upload(&before)?;
         let [k, v] = [bed.device.upload(&k_new)?, bed.device.upload(&v_new)?];
         let [slots, rows] = [bed.device.upload(&given)?, bed.device.upload(&windows)?];
-        let v_bytes = 2 * pool.v_offset as u64;
+        let scale_buffers =
+            [bed.device.upload(&scales_before[0])?, bed.device.upload(&scales_before[1])?];
+        let v_bytes = (element * pool.v_offset) as u64;
         let args = AppendArgs {
             k_new: k.span(),
             v_new: v.span(),
@@ -163,12 +218,16 @@ impl Case {
                 shape: KvShape {
                     num_kv_heads: self.heads as u32,
                     head_dim: self.head_dim as u32,
-                    dtype: self.dtype,
+                    dtype: if self.scales.is_some() { Dtype::E4m3 } else { self.dtype },
                 },
                 block_size: self.block_size as u32,
                 num_blocks: self.blocks as u64,
                 num_layer_slots: self.layers as u32,
-                scales: None,
+                scales: self.scales.map(|_| KvScales {
+                    k: scale_buffers[0].span(),
+                    v: scale_buffers[1].span(),
+                    strides: scale_strides,
+                }),
             },
             slot_mapping: slots.span(),
             num_groups: self.groups as u32,
@@ -181,15 +240,23 @@ impl Case {
         unsafe {
             bed.kernels.append(&args, stream)?;
             match bed.fault {
-                Some(Fault::Stray) => stream.fill(buffer.address(), !(before[0] as u8), 1)?,
+                Some(Fault::Stray) => stream.fill(buffer.address(), !before[0], 1)?,
                 Some(Fault::Nan) => stream.fill(buffer.address(), POISON as u8, 16)?,
                 _ => {}
             }
         }
         stream.synchronize()?;
-        let after: Vec<u16> = buffer.download()?;
+        let after: Vec<u8> = buffer.download()?;
         let mut outcome = Outcome::default();
-        let wrong = (0..pool.elements).filter(|&i| after[i] != expected[i]);
+        for (half, buffer) in scale_buffers.iter().enumerate() {
+            let bits = |scales: &[f32]| scales.iter().map(|x| x.to_bits()).collect::<Vec<u32>>();
+            let (ours, wanted) = (bits(&buffer.download::<f32>()?), bits(&scales[half]));
+            if let Some(i) = (0..ours.len()).find(|&i| ours[i] != wanted[i]) {
+                let (ours, wanted) = (f32::from_bits(ours[i]), f32::from_bits(wanted[i]));
+                outcome.fail(format!("scale {i} of {} is {ours}, not {wanted}", ["K", "V"][half]));
+            }
+        }
+        let wrong = (0..expected.len()).filter(|&i| after[i] != expected[i]);
         let mut wrong = wrong.peekable();
         if let Some(&first) = wrong.peek() {
             let kind = match (after[first] == before[first], expected[first] == before[first]) {
@@ -198,7 +265,7 @@ impl Case {
                 _ => "is wrong",
             };
             let count = wrong.count();
-            outcome.fail(format!("element {first} of the pool {kind} ({count} in all are wrong)"));
+            outcome.fail(format!("byte {first} of the pool {kind} ({count} in all are wrong)"));
             outcome.note("wrong", count as f64);
         }
         Ok(outcome)

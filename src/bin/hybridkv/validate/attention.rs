@@ -7,16 +7,18 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use hybridkv::abi::{self, hkv_window};
 use hybridkv::device::cuda::Graph;
 use hybridkv::device::{DeviceBuffer, Span};
+use hybridkv::e4m3;
 use hybridkv::error::Result;
-use hybridkv::layout::{KvShape, KvView};
+use hybridkv::layout::{KvScales, KvShape, KvStrides, KvView};
 use hybridkv::ops::{AttentionArgs, BlockTables, HeadStrides, WindowTable};
 use hybridkv::reference::{self, Logits, State};
 use hybridkv::spec::AttentionKind;
 
 use super::bed::{
-    Bed, Fault, GUARD, Outcome, POISON, POISON_F32, decode, encode, floor, stray, tolerance,
+    Bed, Elements, Fault, GUARD, Outcome, POISON, POISON_F32, decode, encode, floor, stray,
+    tolerance,
 };
-use super::case::{Case, Data, PoolShape, Seq};
+use super::case::{Case, Data, PoolShape, Scales, Seq};
 use crate::random::Rng;
 
 /// Groups in every table: that of the layer, and others with nothing but garbage.
@@ -65,6 +67,8 @@ pub fn run(bed: &Bed, case: &Case, rng: &mut Rng) -> Result<Outcome> {
 /// What all batches of a case share.
 struct Plan {
     pool: PoolShape,
+    /// Strides of the scales, and how many of K (and of V) there are; none for 16-bit elements.
+    scales: (KvStrides, usize),
     blocks: usize,
     layer: usize,
     group: usize,
@@ -89,6 +93,9 @@ impl Plan {
             case.kv_heads,
             case.head_dim,
         );
+        let scales = case.scales.map_or((KvStrides::NONE, 0), |scales| {
+            scales.shape(blocks, case.layers, case.kv_heads, case.block_size)
+        });
         let strides = |rng: &mut Rng| {
             let (heads, dim) = (case.qo_heads() as i64, case.head_dim as i64);
             if !case.padded {
@@ -131,6 +138,7 @@ impl Plan {
         let (q_strides, out_strides) = (strides(rng), strides(rng));
         Self {
             pool,
+            scales,
             blocks,
             layer,
             group,
@@ -158,7 +166,11 @@ struct Problem {
     /// Per sequence and block index, the id in the pool; `None` where no token is visible.
     blocks: Vec<Vec<Option<usize>>>,
     q: Vec<u16>,
-    pool: Vec<u16>,
+    pool: Elements,
+    /// Of K and of V; NaN where no visible token has them.
+    scales: [Vec<f32>; 2],
+    /// Of every query token, if the case has a tree.
+    tree_mask: Vec<u32>,
     block_ids: Vec<i32>,
     block_row: Vec<i64>,
     first_block: Vec<i32>,
@@ -184,7 +196,9 @@ impl Problem {
         }
         let mut problem = Self {
             q: Vec::new(),
-            pool: vec![POISON; plan.pool.elements],
+            pool: Elements::poisoned(case.kv_dtype(), plan.pool.elements),
+            scales: [0, 1].map(|_| vec![f32::NAN; plan.scales.1]),
+            tree_mask: Vec::new(),
             block_ids: Vec::new(),
             block_row: vec![i64::MAX / 2; GROUPS * seqs.len()],
             first_block: vec![i32::MAX; GROUPS * seqs.len()],
@@ -195,6 +209,7 @@ impl Problem {
             blocks,
         };
         problem.fill_q(case, plan, rng);
+        problem.fill_tree(case, rng);
         problem.fill_table(case, plan, rng);
         for seq in 0..seqs.len() {
             for head in 0..case.kv_heads {
@@ -214,9 +229,16 @@ impl Problem {
             for head in 0..case.qo_heads() {
                 let at = row_index(plan.q_strides, token, head);
                 for (q, x) in self.q[at..].iter_mut().zip(rng.normals(case.head_dim)) {
-                    *q = encode(case.dtype, x);
+                    *q = encode(case.dtype, x * 2f32.powi(case.query_exponent));
                 }
             }
+        }
+    }
+
+    /// New tokens see themselves and about half of the others; bits past the last one mean nothing.
+    fn fill_tree(&mut self, case: &Case, rng: &mut Rng) {
+        for seq in self.seqs.iter().filter(|_| case.tree) {
+            self.tree_mask.extend((0..seq.q_len).map(|new| rng.next() as u32 | 1 << new));
         }
     }
 
@@ -254,6 +276,8 @@ impl Problem {
     fn fill_kv(&mut self, case: &Case, plan: &Plan, rng: &mut Rng, seq: usize, head: usize) {
         let dim = case.head_dim;
         let constant: Vec<f32> = rng.normals(dim).collect();
+        // Scales that tokens share fit all of them; per tensor, the first one drawn is everybody's.
+        let shared = [0, 1].map(|_| 0.2 + 0.1 * rng.below(20) as f32);
         for token in
             (0..self.needed[seq].len()).filter(|&t| self.needed[seq][t]).collect::<Vec<_>>()
         {
@@ -265,9 +289,23 @@ impl Problem {
             if case.data == Data::Outlier {
                 key[5] *= 16.0;
             }
-            for (i, (k, v)) in key.iter().zip(rng.normals(dim)).enumerate() {
-                self.pool[at + i] = encode(case.dtype, *k);
-                self.pool[at + plan.pool.v_offset + i] = encode(case.dtype, v);
+            // Now and then a value is far larger than its neighbours.
+            let magnitude = if rng.chance(2) { 50.0 } else { 1.0 };
+            let value: Vec<f32> = rng.normals(dim).map(|v| v * magnitude).collect();
+            let scale = self.scale_index(case, plan, seq, head, token);
+            for (half, row) in [key, value].into_iter().enumerate() {
+                let scale = scale.map_or(1.0, |index| {
+                    let slot = &mut self.scales[half][index];
+                    if case.scales == Some(Scales::Token) {
+                        *slot = row.iter().fold(0f32, |max, x| max.max(x.abs())) / e4m3::MAX;
+                    } else if slot.is_nan() {
+                        *slot = shared[half];
+                    }
+                    *slot
+                });
+                for (i, x) in row.iter().enumerate() {
+                    self.pool.put(at + half * plan.pool.v_offset + i, x / scale);
+                }
             }
         }
         let Seq { q_len, kv_len } = self.seqs[seq];
@@ -275,15 +313,42 @@ impl Problem {
             let last = kv_len as i64 - 1;
             let visible: Vec<usize> =
                 (0..kv_len).filter(|&key| case.sees(last, key as i64)).collect();
-            let needle = self.key_index(case, plan, seq, head, rng.pick(&visible));
+            let token = rng.pick(&visible);
+            let needle = self.key_index(case, plan, seq, head, token);
+            let scale = self.scale_index(case, plan, seq, head, token);
             let token = self.qo_indptr[seq + 1] as usize - 1;
             let query = self.query(case, plan, token, head * case.group);
             let norm: f64 = query.iter().map(|x| x * x).sum();
             let factor = 20.0 / (f64::from(case.sm_scale()) * norm);
-            for (i, q) in query.iter().enumerate() {
-                self.pool[needle + i] = encode(case.dtype, (q * factor) as f32);
+            let key: Vec<f32> = query.iter().map(|q| (q * factor) as f32).collect();
+            let scale = scale.map_or(1.0, |index| {
+                let slot = &mut self.scales[0][index];
+                if case.scales == Some(Scales::Token) {
+                    *slot = key.iter().fold(0f32, |max, x| max.max(x.abs())) / e4m3::MAX;
+                }
+                *slot
+            });
+            for (i, k) in key.iter().enumerate() {
+                self.pool.put(needle + i, k / scale);
             }
         }
+    }
+
+    /// Index of the scale of a visible token, if there are any.
+    fn scale_index(
+        &self,
+        case: &Case,
+        plan: &Plan,
+        seq: usize,
+        head: usize,
+        token: usize,
+    ) -> Option<usize> {
+        case.scales?;
+        let block = self.blocks[seq][token / case.block_size].unwrap_or(0);
+        let KvStrides { block: b, layer, head: h, token: t } = plan.scales.0;
+        let offset = token % case.block_size;
+        let terms = [(block, b), (plan.layer_slot, layer), (head, h), (offset, t)];
+        Some(terms.iter().map(|&(i, stride)| i * stride as usize).sum())
     }
 
     fn query(&self, case: &Case, plan: &Plan, token: usize, head: usize) -> Vec<f64> {
@@ -305,10 +370,12 @@ impl Problem {
         let mut values = keys.clone();
         for token in (0..self.needed[seq].len()).filter(|&token| self.needed[seq][token]) {
             let at = self.key_index(case, plan, seq, head, token);
+            let scale = self.scale_index(case, plan, seq, head, token);
+            let [k_scale, v_scale] =
+                [0, 1].map(|half: usize| scale.map_or(1.0, |i| f64::from(self.scales[half][i])));
             for i in 0..dim {
-                keys[token * dim + i] = decode(case.dtype, self.pool[at + i]);
-                values[token * dim + i] =
-                    decode(case.dtype, self.pool[at + plan.pool.v_offset + i]);
+                keys[token * dim + i] = k_scale * self.pool.get(at + i);
+                values[token * dim + i] = v_scale * self.pool.get(at + plan.pool.v_offset + i);
             }
         }
         let Seq { q_len, kv_len } = self.seqs[seq];
@@ -316,8 +383,12 @@ impl Problem {
             .map(|&(token, q_head)| {
                 let new = token - self.qo_indptr[seq] as usize;
                 let position = (kv_len + new) as i64 - q_len as i64;
-                let visible: Vec<usize> =
-                    (0..kv_len).filter(|&key| case.sees(position, key as i64)).collect();
+                let tree = self.tree_mask.get(token).copied();
+                let first_new = kv_len as i64 - q_len as i64;
+                let sees = |key: i64| {
+                    case.sees(position, key) && reference::tree_sees(tree, first_new, key)
+                };
+                let visible: Vec<usize> = (0..kv_len).filter(|&key| sees(key as i64)).collect();
                 let logits = Logits {
                     sm_scale: case.sm_scale().into(),
                     soft_cap: case.soft_cap.into(),
@@ -347,6 +418,8 @@ fn plan_elements(case: &Case, strides: HeadStrides, tokens: usize) -> usize {
 struct Buffers {
     q: DeviceBuffer,
     pool: DeviceBuffer,
+    scales: [DeviceBuffer; 2],
+    tree_mask: DeviceBuffer,
     out: DeviceBuffer,
     lse: DeviceBuffer,
     block_ids: DeviceBuffer,
@@ -368,7 +441,9 @@ impl Buffers {
         let out = plan_elements(case, plan.out_strides, tokens) + 2 * GUARD;
         let mut buffers = Self {
             q: bed.room::<u16>(plan_elements(case, plan.q_strides, tokens))?,
-            pool: bed.room::<u16>(plan.pool.elements)?,
+            pool: bed.room::<u8>(plan.pool.elements * case.kv_dtype().bytes())?,
+            scales: [bed.room::<f32>(plan.scales.1)?, bed.room::<f32>(plan.scales.1)?],
+            tree_mask: bed.room::<u32>(tokens)?,
             out: bed.room::<u16>(out)?,
             lse: bed.room::<u32>(tokens * case.qo_heads() + 2 * GUARD)?,
             block_ids: bed.room::<i32>(most(&|p| p.block_ids.len()))?,
@@ -402,7 +477,7 @@ impl Buffers {
             let count = |needed: &Vec<bool>| needed.iter().filter(|&&n| n).count();
             p.needed.iter().map(count).max().unwrap_or(0)
         };
-        let v_bytes = 2 * plan.pool.v_offset as u64;
+        let v_bytes = (plan.pool.v_offset * case.kv_dtype().bytes()) as u64;
         let v = Span::new(self.pool.address() + v_bytes, self.pool.len() as u64 - v_bytes);
         let guarded = |buffer: &DeviceBuffer, element: u64| {
             let guard = GUARD as u64 * element;
@@ -422,12 +497,16 @@ impl Buffers {
                 shape: KvShape {
                     num_kv_heads: case.kv_heads as u32,
                     head_dim: case.head_dim as u32,
-                    dtype: case.dtype,
+                    dtype: case.kv_dtype(),
                 },
                 block_size: case.block_size as u32,
                 num_blocks: plan.blocks as u64,
                 num_layer_slots: case.layers as u32,
-                scales: None,
+                scales: case.scales.map(|_| KvScales {
+                    k: self.scales[0].span(),
+                    v: self.scales[1].span(),
+                    strides: plan.scales.0,
+                }),
             },
             qo_indptr: self.qo_indptr.span(),
             kv_len: self.kv_len.span(),
@@ -443,7 +522,7 @@ impl Buffers {
             },
             layer: plan.layer as u32,
             sink_logits: case.sink_logits.then(|| self.sink_logits.span()),
-            tree_mask: None,
+            tree_mask: case.tree.then(|| self.tree_mask.span()),
             num_qo_heads: case.qo_heads() as u32,
             num_seqs: most(&|p| p.seqs.len()),
             num_tokens: self.tokens as u32,
@@ -458,7 +537,7 @@ impl Buffers {
     /// Writes the batch's arrays, and the pattern that an output must replace.
     fn fill(&self, bed: &Bed, case: &Case, plan: &Plan, problem: &Problem) -> Result<()> {
         let mut windows = plan.windows.clone();
-        let mut pool = problem.pool.clone();
+        let mut pool = problem.pool.bytes().to_vec();
         let mut block_ids = problem.block_ids.clone();
         let mut kv_len = problem.kv_len.clone();
         let mut qo_indptr = problem.qo_indptr.clone();
@@ -492,13 +571,19 @@ impl Buffers {
             }
             Some(Fault::Nan) => {
                 if let Some(token) = problem.needed[0].iter().position(|&needed| needed) {
-                    pool[problem.key_index(case, plan, 0, 0, token)] = POISON;
+                    let element = case.kv_dtype().bytes();
+                    let at = element * problem.key_index(case, plan, 0, 0, token);
+                    pool[at..at + element].fill(0xff);
                 }
             }
             _ => {}
         }
         bed.write(&self.windows, &windows)?;
         bed.write(&self.pool, &pool)?;
+        for (buffer, scales) in self.scales.iter().zip(&problem.scales) {
+            bed.write(buffer, scales)?;
+        }
+        bed.write(&self.tree_mask, &problem.tree_mask)?;
         bed.write(&self.block_ids, &block_ids)?;
         bed.write(&self.kv_len, &kv_len)?;
         bed.write(&self.qo_indptr, &qo_indptr)?;

@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 use hybridkv::device::{Device, DeviceBuffer, Stream};
+use hybridkv::e4m3;
 use hybridkv::error::Result;
 use hybridkv::layout::Dtype;
 use hybridkv::ops::Kernels;
@@ -139,6 +140,57 @@ pub fn decode(dtype: Dtype, bits: u16) -> f64 {
     match dtype {
         Dtype::F16 => f16::from_bits(bits).to_f64(),
         _ => bf16::from_bits(bits).to_f64(),
+    }
+}
+
+/// Keys and values on the host: elements of a type, poisoned where nothing was put.
+pub struct Elements {
+    dtype: Dtype,
+    bytes: Vec<u8>,
+}
+
+impl Elements {
+    /// So many elements, all poisoned.
+    pub fn poisoned(dtype: Dtype, count: usize) -> Self {
+        let mut elements = Self { dtype, bytes: vec![0; count * dtype.bytes()] };
+        (0..count).for_each(|index| elements.poison(index));
+        elements
+    }
+
+    /// Puts the nearest element.
+    pub fn put(&mut self, index: usize, value: f32) {
+        match self.dtype {
+            Dtype::E4m3 => self.bytes[index] = e4m3::from_f32(value),
+            dtype => self.put_bits(index, encode(dtype, value)),
+        }
+    }
+
+    /// Makes an element NaN.
+    pub fn poison(&mut self, index: usize) {
+        match self.dtype {
+            Dtype::E4m3 => self.bytes[index] = 0xff,
+            _ => self.put_bits(index, POISON),
+        }
+    }
+
+    fn put_bits(&mut self, index: usize, bits: u16) {
+        self.bytes[2 * index..2 * index + 2].copy_from_slice(&bits.to_le_bytes());
+    }
+
+    /// The value of an element.
+    pub fn get(&self, index: usize) -> f64 {
+        match self.dtype {
+            Dtype::E4m3 => e4m3::to_f32(self.bytes[index]).into(),
+            dtype => {
+                let [low, high] = [self.bytes[2 * index], self.bytes[2 * index + 1]];
+                decode(dtype, u16::from_le_bytes([low, high]))
+            }
+        }
+    }
+
+    /// As they lie in memory.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
     }
 }
 

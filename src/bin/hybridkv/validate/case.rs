@@ -98,6 +98,39 @@ impl PoolShape {
     }
 }
 
+/// What shares a scale of e4m3 keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scales {
+    /// Everything.
+    Tensor,
+    /// A KV head.
+    Head,
+    /// Nothing: every token of every head has its own.
+    Token,
+}
+
+impl Scales {
+    /// Strides of the scales of a pool of blocks of `layers` layers of `heads` heads, and how many there are.
+    pub fn shape(
+        self,
+        blocks: usize,
+        layers: usize,
+        heads: usize,
+        block_size: usize,
+    ) -> (KvStrides, usize) {
+        let head = block_size as i64;
+        match self {
+            Self::Tensor => (KvStrides::NONE, 1),
+            Self::Head => (KvStrides { head: 3, ..KvStrides::NONE }, 3 * heads),
+            Self::Token => {
+                let layer = heads as i64 * head;
+                let block = layer * layers as i64 + 7;
+                (KvStrides { block, layer, head, token: 1 }, block as usize * blocks)
+            }
+        }
+    }
+}
+
 /// What the keys are made of; values and queries are N(0, 1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Data {
@@ -120,11 +153,20 @@ pub struct Seq {
     pub kv_len: usize,
 }
 
+/// New tokens of a sequence that a tree mask has bits for.
+const MAX_TREE_TOKENS: u64 = 32;
+
 /// One case of attention.
 #[derive(Debug, Clone)]
 pub struct Case {
-    /// Type of all tensors.
+    /// Type of queries and outputs, and of keys and values without scales.
     pub dtype: Dtype,
+    /// Scales of e4m3 keys and values; `None`: they are of `dtype`.
+    pub scales: Option<Scales>,
+    /// Exponent of 2 that multiplies the queries, and divides the scale of the logits.
+    pub query_exponent: i32,
+    /// Whether new tokens see each other by a random tree mask.
+    pub tree: bool,
     /// Elements of a head.
     pub head_dim: usize,
     /// KV heads.
@@ -170,6 +212,8 @@ pub struct Scale {
     pub work: usize,
     /// Whether graphs can be captured.
     pub graphs: bool,
+    /// Whether the device takes tree masks.
+    pub trees: bool,
 }
 
 impl Case {
@@ -191,6 +235,15 @@ impl Case {
         };
         let mut case = Self {
             dtype: rng.pick(&[Dtype::Bf16, Dtype::F16]),
+            scales: rng.pick(&[
+                None,
+                None,
+                Some(Scales::Tensor),
+                Some(Scales::Head),
+                Some(Scales::Token),
+            ]),
+            query_exponent: 0,
+            tree: false,
             head_dim,
             kv_heads,
             group,
@@ -214,6 +267,10 @@ impl Case {
             ]),
             batches: Vec::new(),
         };
+        if case.dtype == Dtype::Bf16 {
+            // Beyond what f16 holds, in which products with e4m3 are made.
+            case.query_exponent = rng.pick(&[0, 0, 0, 0, 100, -70]);
+        }
         let sequences = rng.pick(&[1, 1, 2, 3, 5, 9]);
         let batches = if scale.graphs && rng.chance(25) { 3 } else { 1 };
         // Most new tokens of a sequence: decode, speculation, or a chunk of a prefill.
@@ -224,6 +281,7 @@ impl Case {
             _ => rng.range(101, scale.q_len.max(101)),
         }
         .min(scale.q_len);
+        case.tree = scale.trees && (2..=MAX_TREE_TOKENS).contains(&most_new) && rng.chance(40);
         case.batches =
             (0..batches).map(|_| case.draw_batch(rng, scale, sequences, most_new)).collect();
         case
@@ -278,7 +336,12 @@ impl Case {
         reference::sees(self.kind, self.sink_tokens as u32, position, key)
     }
 
-    /// Which tokens of a sequence any of its new tokens sees.
+    /// Type of keys and values.
+    pub fn kv_dtype(&self) -> Dtype {
+        if self.scales.is_some() { Dtype::E4m3 } else { self.dtype }
+    }
+
+    /// Which tokens of a sequence any of its new tokens sees by the layer's kind.
     pub fn needed(&self, seq: Seq) -> Vec<bool> {
         let first = seq.kv_len as i64 - seq.q_len as i64;
         let last = seq.kv_len as i64 - 1;
@@ -305,7 +368,7 @@ impl Case {
 
     /// Factor of the logits.
     pub fn sm_scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
+        1.0 / (self.head_dim as f32).sqrt() / 2f32.powi(self.query_exponent)
     }
 
     /// The class of the case in the summary.
@@ -317,7 +380,8 @@ impl Case {
         };
         let rows = self.batches.iter().flatten().map(|seq| seq.q_len).max().unwrap_or(0);
         let what = if rows * self.group <= 16 { "decode" } else { "prefill" };
-        format!("{what} {} d{} {kind}", self.dtype.name(), self.head_dim)
+        let kv = if self.scales.is_some() { "/e4m3" } else { "" };
+        format!("{what} {}{kv} d{} {kind}", self.dtype.name(), self.head_dim)
     }
 }
 
@@ -340,6 +404,9 @@ impl fmt::Display for Case {
             write!(f, "/d{}", self.head_dim)?;
         }
         write!(f, "/{}", self.dtype.name())?;
+        if let Some(scales) = self.scales {
+            write!(f, "/e4m3 per {scales:?}")?;
+        }
         if self.block_size != 16 {
             write!(f, "/b{}", self.block_size)?;
         }
@@ -351,6 +418,8 @@ impl fmt::Display for Case {
             (self.lse, " lse".to_owned()),
             (self.padded, " padded".to_owned()),
             (self.trimmed, " trimmed".to_owned()),
+            (self.query_exponent != 0, format!(" q*2^{}", self.query_exponent)),
+            (self.tree, " tree".to_owned()),
             (self.batches.len() > 1, " graph".to_owned()),
         ];
         flags.iter().filter(|(on, _)| *on).try_for_each(|(_, text)| f.write_str(text))

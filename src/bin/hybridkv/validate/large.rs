@@ -7,22 +7,25 @@
 use std::collections::BTreeMap;
 
 use hybridkv::abi::{self, hkv_window};
-use hybridkv::device::Span;
+use hybridkv::device::{DeviceBuffer, Span};
+use hybridkv::e4m3;
 use hybridkv::error::Result;
-use hybridkv::layout::{Dtype, KvShape, KvStrides, KvView};
+use hybridkv::layout::{Dtype, KvScales, KvShape, KvStrides, KvView};
 use hybridkv::ops::{AttentionArgs, BlockTables, HeadStrides, WindowTable};
 use hybridkv::reference::{self, Logits, State};
 use hybridkv::spec::AttentionKind::{self, Chunked, Full, Sliding};
 
 use super::attention::in_parallel;
-use super::bed::{Bed, Fault, Outcome, POISON, decode, encode, floor, tolerance};
-use super::case::{Data, Seq};
+use super::bed::{Bed, Elements, Fault, Outcome, POISON, decode, encode, floor, tolerance};
+use super::case::{Data, Scales, Seq};
 use crate::random::Rng;
 
 /// One large case; `head_dim` is 128.
 pub struct Case {
     name: &'static str,
     dtype: Dtype,
+    /// Scales of e4m3 keys and values; `None`: they are of `dtype`.
+    scales: Option<Scales>,
     heads: (usize, usize),
     block_size: usize,
     kind: AttentionKind,
@@ -48,6 +51,7 @@ const SHRINK: usize = 256;
 const PLAIN: Case = Case {
     name: "",
     dtype: Dtype::Bf16,
+    scales: None,
     heads: (32, 8),
     block_size: 16,
     kind: Full,
@@ -93,6 +97,54 @@ pub const CASES: &[Case] = &[
         heads: (5, 1),
         kind: Chunked { chunk: 8192 },
         batch: &[(1, 300, SCOUT - 8192 * 7 + 100)],
+        ..PLAIN
+    },
+    Case {
+        name: "1x10M/5-1/bf16/e4m3 needle",
+        scales: Some(Scales::Head),
+        heads: (5, 1),
+        data: Data::Needle,
+        batch: &[(1, 1, SCOUT)],
+        ..PLAIN
+    },
+    Case {
+        name: "1x10M/5-1/f16/e4m3 per token equal",
+        dtype: Dtype::F16,
+        scales: Some(Scales::Token),
+        heads: (5, 1),
+        data: Data::Equal,
+        batch: &[(1, 1, SCOUT - 5)],
+        ..PLAIN
+    },
+    Case {
+        name: "1x10M/q3/5-1/f16/e4m3 per token needle",
+        dtype: Dtype::F16,
+        scales: Some(Scales::Token),
+        heads: (5, 1),
+        data: Data::Needle,
+        batch: &[(1, 3, SCOUT - 1)],
+        ..PLAIN
+    },
+    Case {
+        name: "1x10M/C8192/5-1/bf16/e4m3",
+        scales: Some(Scales::Tensor),
+        heads: (5, 1),
+        kind: Chunked { chunk: 8192 },
+        batch: &[(1, 1, SCOUT - 77)],
+        ..PLAIN
+    },
+    Case {
+        name: "64x8K/32-8/bf16/e4m3",
+        scales: Some(Scales::Head),
+        batch: &[(64, 1, 8 * K)],
+        ..PLAIN
+    },
+    Case {
+        name: "2x20K/q900/8-1/bf16/e4m3 per token far",
+        scales: Some(Scales::Token),
+        heads: (8, 1),
+        batch: &[(2, 900, 20 * K)],
+        far: true,
         ..PLAIN
     },
     Case { name: "64x8K/32-8/bf16", batch: &[(64, 1, 8 * K)], ..PLAIN },
@@ -149,6 +201,10 @@ impl Case {
         Problem::new(self, bed.device.is_cuda(), rng).run(bed, rng)
     }
 
+    fn kv_dtype(&self) -> Dtype {
+        if self.scales.is_some() { Dtype::E4m3 } else { self.dtype }
+    }
+
     fn group(&self) -> usize {
         self.heads.0 / self.heads.1
     }
@@ -177,7 +233,10 @@ struct Problem<'a> {
     /// First query token of every sequence, and the end.
     qo_indptr: Vec<usize>,
     /// Distinct blocks, `[block][K|V][head][token][dim]`; the last one is the needle's.
-    pool: Vec<u16>,
+    pool: Elements,
+    /// Scales of K and of V of the distinct blocks, in the order of [`Scales::shape`]; none for 16-bit elements.
+    scales: [Vec<f32>; 2],
+    scale_strides: KvStrides,
     distinct: usize,
     /// Place of each distinct block in the device pool.
     places: Vec<usize>,
@@ -199,14 +258,10 @@ impl<'a> Problem<'a> {
         };
         let q = normals(rng, tokens * case.heads.0 * DIM);
         let distinct = (8 * K / case.heads.1).div_ceil(case.block_size) + 1;
-        let mut pool = normals(rng, distinct * block_elements(case));
-        if case.data == Data::Equal {
-            let key = normals(rng, DIM);
-            for block in pool.chunks_mut(block_elements(case)) {
-                let (keys, _) = block.split_at_mut(block_elements(case) / 2);
-                keys.chunks_mut(DIM).for_each(|k| k.copy_from_slice(&key));
-            }
-        }
+        let pool = Elements::poisoned(case.kv_dtype(), distinct * block_elements(case));
+        let (scale_strides, num_scales) = case.scales.map_or((KvStrides::NONE, 0), |scales| {
+            scales.shape(distinct, 1, case.heads.1, case.block_size)
+        });
         let mut places: Vec<usize> = if case.far {
             // Both ends of the range among them.
             (0..distinct).map(|i| i * (FAR_BLOCKS - 1) / (distinct - 1)).collect()
@@ -223,11 +278,66 @@ impl<'a> Problem<'a> {
                 (0..blocks).map(|b| order[b % order.len()]).collect()
             })
             .collect();
-        let mut problem = Self { case, seqs, qo_indptr, pool, distinct, places, tables, q };
+        // Those that tokens share; every row with a scale of its own replaces it.
+        let scales = [0.05, 0.02].map(|scale| vec![scale; num_scales]);
+        let mut problem = Self {
+            case,
+            seqs,
+            qo_indptr,
+            pool,
+            scales,
+            scale_strides,
+            distinct,
+            places,
+            tables,
+            q,
+        };
+        let constant: Vec<f32> = rng.normals(DIM).collect();
+        for row in 0..distinct * case.block_size {
+            for (half, head) in (0..2).flat_map(|half| (0..case.heads.1).map(move |h| (half, h))) {
+                if half == 0 && case.data == Data::Equal {
+                    problem.put(half, head, row, &constant);
+                } else {
+                    let values: Vec<f32> = rng.normals(DIM).collect();
+                    problem.put(half, head, row, &values);
+                }
+            }
+        }
         if case.data == Data::Needle {
             problem.hide_needle(rng);
         }
         problem
+    }
+
+    /// Index of the scale of a distinct key (and its value), if there are any.
+    fn scale_index(&self, head: usize, row: usize) -> Option<usize> {
+        self.case.scales?;
+        let KvStrides { block, head: h, token, .. } = self.scale_strides;
+        let size = self.case.block_size;
+        let terms = [(row / size, block), (head, h), (row % size, token)];
+        Some(terms.iter().map(|&(i, stride)| i * stride as usize).sum())
+    }
+
+    /// Puts a distinct key (`half` 0) or value.
+    fn put(&mut self, half: usize, head: usize, row: usize, values: &[f32]) {
+        let scale = self.scale_index(head, row).map_or(1.0, |index| {
+            let slot = &mut self.scales[half][index];
+            if self.case.scales == Some(Scales::Token) {
+                *slot = values.iter().fold(0f32, |max, x| max.max(x.abs())) / e4m3::MAX;
+            }
+            *slot
+        });
+        let at = key_index(self.case, head, row) + half * block_elements(self.case) / 2;
+        for (i, x) in values.iter().enumerate() {
+            self.pool.put(at + i, x / scale);
+        }
+    }
+
+    /// The values of a distinct key (`half` 0) or value.
+    fn get(&self, half: usize, head: usize, row: usize) -> impl Iterator<Item = f64> {
+        let scale = self.scale_index(head, row).map_or(1.0, |i| f64::from(self.scales[half][i]));
+        let at = key_index(self.case, head, row) + half * block_elements(self.case) / 2;
+        (at..at + DIM).map(move |index| scale * self.pool.get(index))
     }
 
     /// Puts a key at a logit of +20 for the last query of the first sequence into a block of its own.
@@ -240,11 +350,9 @@ impl<'a> Problem<'a> {
             let query = self.query(self.qo_indptr[1] - 1, head * case.group());
             let norm: f64 = query.iter().map(|x| x * x).sum();
             let row = (self.distinct - 1) * case.block_size + token % case.block_size;
-            let at = key_index(case, head, row);
-            for (i, q) in query.iter().enumerate() {
-                self.pool[at + i] =
-                    encode(case.dtype, (q * 20.0 * (DIM as f64).sqrt() / norm) as f32);
-            }
+            let factor = 20.0 * (DIM as f64).sqrt() / norm;
+            let key: Vec<f32> = query.iter().map(|q| (q * factor) as f32).collect();
+            self.put(0, head, row, &key);
         }
     }
 
@@ -258,22 +366,26 @@ impl<'a> Problem<'a> {
         let block = block_elements(case);
         let stride = if case.far { FAR_STRIDE } else { block };
         let blocks = if case.far { FAR_BLOCKS } else { self.distinct };
-        let pool = bed.room::<u16>((blocks - 1) * stride + block)?;
+        let element = case.kv_dtype().bytes();
+        let block_bytes = block * element;
+        let pool = bed.room::<u8>(((blocks - 1) * stride + block) * element)?;
+        let distinct = self.pool.bytes().chunks(block_bytes);
         if case.far {
-            for (data, place) in self.pool.chunks(block).zip(&self.places) {
+            for (data, place) in distinct.zip(&self.places) {
                 let staging = bed.device.upload(data)?;
-                let to = pool.address() + 2 * (place * stride) as u64;
+                let to = pool.address() + (element * place * stride) as u64;
                 // SAFETY: both live until the stream is synchronised.
-                unsafe { bed.stream.as_ref().copy(staging.address(), to, 2 * block)? };
+                unsafe { bed.stream.as_ref().copy(staging.address(), to, block_bytes)? };
                 bed.stream.as_ref().synchronize()?;
             }
         } else {
-            let mut placed = vec![0; self.pool.len()];
-            for (data, place) in self.pool.chunks(block).zip(&self.places) {
-                placed[place * block..][..block].copy_from_slice(data);
+            let mut placed = vec![0; self.pool.bytes().len()];
+            for (data, place) in distinct.zip(&self.places) {
+                placed[place * block_bytes..][..block_bytes].copy_from_slice(data);
             }
             bed.write(&pool, &placed)?;
         }
+        let scales = self.place_scales(bed, blocks)?;
 
         // Windowed sequences list only live blocks, as a manager would.
         let (mut block_ids, mut block_row, mut first_block) = (vec![], vec![], vec![]);
@@ -316,7 +428,7 @@ impl<'a> Problem<'a> {
         let (block_ids, first_block) = (block_ids?, first_block?);
         let block_row = bed.device.upload(&block_row)?;
         let windows = bed.device.upload(&[window])?;
-        let half = block as u64 / 2;
+        let half = (block_bytes / 2) as u64;
         let mut args = AttentionArgs {
             q: q.span(),
             q_strides: HeadStrides::contiguous(case.heads.0 as u32, DIM as u32),
@@ -326,7 +438,7 @@ impl<'a> Problem<'a> {
             lse: Some(lse.span()),
             kv: KvView {
                 k: pool.span(),
-                v: Span::new(pool.address() + 2 * half, pool.len() as u64 - 2 * half),
+                v: Span::new(pool.address() + half, pool.len() as u64 - half),
                 strides: KvStrides {
                     block: stride as i64,
                     layer: 0,
@@ -336,12 +448,16 @@ impl<'a> Problem<'a> {
                 shape: KvShape {
                     num_kv_heads: case.heads.1 as u32,
                     head_dim: DIM as u32,
-                    dtype: case.dtype,
+                    dtype: case.kv_dtype(),
                 },
                 block_size: case.block_size as u32,
                 num_blocks: blocks as u64,
                 num_layer_slots: 1,
-                scales: None,
+                scales: case.scales.map(|_| KvScales {
+                    k: scales[0].span(),
+                    v: scales[1].span(),
+                    strides: self.scale_strides,
+                }),
             },
             qo_indptr: qo_indptr.span(),
             kv_len: kv_len.span(),
@@ -370,6 +486,22 @@ impl<'a> Problem<'a> {
         unsafe { bed.kernels.attention(&args, bed.stream.as_ref())? };
         bed.stream.as_ref().synchronize()?;
         self.check(&out.download()?, &lse.download()?, rng)
+    }
+
+    /// The scales on the device, those of every distinct block where the block is.
+    fn place_scales(&self, bed: &Bed, blocks: usize) -> Result<[DeviceBuffer; 2]> {
+        let block = self.scale_strides.block as usize;
+        let place = |scales: &Vec<f32>| {
+            if block == 0 {
+                return bed.device.upload(scales);
+            }
+            let mut placed = vec![f32::NAN; blocks * block];
+            for (data, place) in scales.chunks(block).zip(&self.places) {
+                placed[place * block..][..block].copy_from_slice(data);
+            }
+            bed.device.upload(&placed)
+        };
+        Ok([place(&self.scales[0])?, place(&self.scales[1])?])
     }
 
     fn check(&self, out: &[u16], lse: &[f32], rng: &mut Rng) -> Result<Outcome> {
@@ -424,15 +556,10 @@ impl<'a> Problem<'a> {
         let rows = self.distinct * case.block_size;
         (0..case.heads.1)
             .flat_map(|kv_head| {
-                let gather = |offset: usize| -> Vec<f64> {
-                    (0..rows)
-                        .flat_map(|row| {
-                            let at = key_index(case, kv_head, row) + offset;
-                            self.pool[at..at + DIM].iter().map(|&bits| decode(case.dtype, bits))
-                        })
-                        .collect()
+                let gather = |half: usize| -> Vec<f64> {
+                    (0..rows).flat_map(|row| self.get(half, kv_head, row)).collect()
                 };
-                let (keys, values) = (gather(0), gather(block_elements(case) / 2));
+                let (keys, values) = (gather(0), gather(1));
                 let heads = kv_head * case.group()..(kv_head + 1) * case.group();
                 let states: Vec<State> = heads
                     .map(|head| {
