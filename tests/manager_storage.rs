@@ -4,7 +4,7 @@
 use hybridkv::manager::{
     BreakerConfig, BreakerState, Completion, CostModel, Direction, ExtraKeys, GroupConfig,
     HostConfig, Manager, ManagerConfig, Outcome, PrefetchPolicy, Retention, StorageConfig,
-    StoredBlock, Tier, Transfer,
+    StoredBlock, Tier, Transfer, WritePolicy,
 };
 use hybridkv::spec::AttentionKind;
 use hybridkv::{Error, ErrorKind};
@@ -109,6 +109,33 @@ fn only_settled_blocks_go_to_storage() {
     m.clear_host();
     assert_eq!(hit(&m, &prompt)[2], 32);
     assert_eq!(m.usage().storage_used, 2);
+}
+
+#[test]
+fn what_a_failed_step_wrote_is_disowned_whoever_had_it_stored() {
+    // The second sequence, which hit the block of a step in flight, had it written; its settling says nothing
+    // of that step.
+    let host = HostConfig::new(16).with_write(WritePolicy::Selective { uses: 2 });
+    let mut m = manager(&[FULL], 17, host);
+    m.attach_storage(StorageConfig::new(16), &[]).unwrap();
+    let prompt = tokens(0, 32);
+    m.allocate(1, &prompt, KEYS, 0).unwrap();
+    m.advance(1, 32, 0).unwrap();
+    m.allocate(2, &longer(&prompt), KEYS, 0).unwrap();
+    m.advance(2, 33, 33).unwrap();
+    let (all, _) = run_well(&mut m);
+    assert_eq!((of(&all, Direction::Offload), of(&all, Direction::Persist)), (2, 0));
+    assert_eq!(m.abort(1).unwrap(), [2]);
+    m.abort(2).unwrap();
+    assert_eq!(hit(&m, &prompt), [0, 0, 0]);
+    // Once the writer has settled it goes down, whoever had it stored.
+    m.allocate(3, &prompt, KEYS, 0).unwrap();
+    m.advance(3, 32, 0).unwrap();
+    m.allocate(4, &longer(&prompt), KEYS, 0).unwrap();
+    m.advance(4, 33, 32).unwrap();
+    run_well(&mut m);
+    m.advance(3, 32, 32).unwrap();
+    assert_eq!(of(&run_well(&mut m).0, Direction::Persist), 2);
 }
 
 #[test]

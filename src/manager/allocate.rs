@@ -205,7 +205,13 @@ impl Manager {
             }
             self.device.stats[g].hit_blocks += hits;
             let (first_live, considered) = (group.first_needed(hit), table.len());
-            tables.push(Row { table, first_live, considered, ..Row::default() });
+            tables.push(Row {
+                table,
+                first_live,
+                considered,
+                settled: considered,
+                ..Row::default()
+            });
         }
         let mut sequence = Sequence {
             tokens,

@@ -74,6 +74,8 @@ impl Manager {
         for (group, row) in self.groups.iter().zip(&mut rows) {
             row.table.truncate(shared.div_ceil(group.block_size));
             row.cut(shared / group.block_size);
+            // The parent vouches for these.
+            row.settled = shared / group.block_size;
             for &id in row.table.iter().filter(|&&id| id != NULL) {
                 self.device.pool.touch(id);
             }
@@ -93,6 +95,7 @@ impl Manager {
             lost: Vec::new(),
             repaired: false,
         };
+        self.cancel_prefetch(child);
         self.sequences.insert(child, sequence);
         Ok(shared)
     }
@@ -171,7 +174,7 @@ impl Manager {
                     let kind = EventKind::Removed;
                     self.events.push(kind, g as u32, Tier::Device, block.index, block.hash);
                     if let Some(host) = &mut self.host {
-                        host.discard_hash(g, &block.hash, &mut self.events);
+                        host.disown(g, &block.hash, &mut self.events);
                     }
                 }
             }

@@ -49,7 +49,7 @@ use self::allocate::cache;
 use self::events::Events;
 use self::groups::Group;
 use self::hash::CheapMap;
-use self::offload::offer;
+use self::offload::{offer, vouch};
 use self::pool::{Block, NULL, Pool};
 use self::prefetch::Prefetches;
 use self::retention::{Boundaries, Policy};
@@ -424,8 +424,10 @@ impl Manager {
         if let (Some(host), Some(config)) = (&mut self.host, &self.config.host) {
             let (flights, stats) = (&mut self.flights, &mut self.stats);
             let events = &mut self.events;
-            offer(&self.groups, config, &mut self.device, host, flights, events, stats, sequence);
-            Self::settle(host, &mut self.to_persist, &self.groups, sequence, settled);
+            let to_persist = &mut self.to_persist;
+            let device = &mut self.device;
+            offer(&self.groups, config, device, host, flights, events, stats, to_persist, sequence);
+            vouch(&self.groups, &mut self.device, host, to_persist, sequence, settled);
         }
         for (g, (group, row)) in self.groups.iter().zip(&mut sequence.rows).enumerate() {
             let first = group.first_needed(settled);
@@ -450,6 +452,10 @@ impl Manager {
         let Some(mut sequence) = self.sequences.remove(&seq) else {
             return Err(Error::new("free", ErrorKind::UnknownSequence(seq)));
         };
+        if let Some(host) = &mut self.host {
+            let (to_persist, computed) = (&mut self.to_persist, sequence.computed);
+            vouch(&self.groups, &mut self.device, host, to_persist, &mut sequence, computed);
+        }
         for row in &sequence.rows {
             self.device.pool.release(row.table.iter().rev().copied());
         }
@@ -463,7 +469,6 @@ impl Manager {
                     }
                 }
             }
-            Self::settle(host, &mut self.to_persist, &self.groups, &mut sequence, usize::MAX);
         }
         self.pump();
         Ok(())
@@ -501,9 +506,11 @@ impl Manager {
                 }
             }
             if let Some(host) = &mut self.host {
-                for &b in row.stored.iter().filter(|&&b| b as usize >= unsettled) {
-                    let hash = &sequence.tokens.hashes()[group.key_index(b as usize)];
-                    host.discard_hash(g, hash, &mut self.events);
+                // Whoever had them stored.
+                for b in unsettled..sequence.computed / group.block_size {
+                    if let Some(hash) = sequence.tokens.hashes().get(group.key_index(b)) {
+                        host.disown(g, hash, &mut self.events);
+                    }
                 }
             }
         }

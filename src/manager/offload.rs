@@ -26,6 +26,7 @@ pub(super) fn offer(
     flights: &mut Flights,
     events: &mut Events,
     stats: &mut Stats,
+    to_persist: &mut VecDeque<HostSlot>,
     sequence: &mut Sequence,
 ) {
     let uses = match config.write {
@@ -47,6 +48,7 @@ pub(super) fn offer(
         if block.cached && u32::from(block.uses) + 1 < uses {
             block.uses = block.uses.saturating_add(1);
         } else if block.cached {
+            let settled = block.settled;
             let hash = sequence.tokens.hashes()[groups[g].key_index(b)];
             let room = flights.in_flight(Direction::Offload) < config.max_offloads as usize
                 && host.lets_through();
@@ -64,10 +66,36 @@ pub(super) fn offer(
                     return;
                 }
             }
+            if settled {
+                to_persist.extend(host.settle(g, &hash));
+            }
             row.stored.push(b as u32);
             stored += 1;
         }
         row.offered += 1;
+    }
+}
+
+/// Notes that a sequence's tokens up to `settled` are settled: copies of the blocks it has computed are good for
+/// storage. What it hit is for whoever computed that to vouch for.
+pub(super) fn vouch(
+    groups: &[Group],
+    device: &mut DeviceTier,
+    host: &mut SlotTier,
+    to_persist: &mut VecDeque<HostSlot>,
+    sequence: &mut Sequence,
+    settled: usize,
+) {
+    for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
+        let end = (settled / group.block_size).min(row.table.len());
+        for b in row.settled..end {
+            let block = device.pool.block_mut(row.table[b]);
+            if block.cached {
+                block.settled = true;
+                to_persist.extend(host.settle(g, &block.hash));
+            }
+        }
+        row.settled = row.settled.max(end);
     }
 }
 
@@ -122,8 +150,9 @@ impl Manager {
                 Reserved::Held => {}
                 Reserved::New(slot) => {
                     host.started();
-                    // Nobody uses it any more.
-                    host.settle(key.0, &key.1);
+                    if block.settled {
+                        host.settle(key.0, &key.1);
+                    }
                     device.pool.pin(id);
                     flights.start(
                         Path::Offload { from: id, to: slot },

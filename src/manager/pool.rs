@@ -28,6 +28,8 @@ pub(super) struct Block {
     pub cached: bool,
     /// Sequences that have computed or hit it since then, as far as the write policy counts.
     pub uses: u8,
+    /// Whether the work that wrote it is known to have ended well.
+    pub settled: bool,
     /// Transfers in flight from or to the block.
     pins: u32,
 }
@@ -53,6 +55,7 @@ impl Pool {
                 group: 0,
                 cached: false,
                 uses: 0,
+                settled: false,
                 pins: 0,
             })
             .collect();

@@ -17,7 +17,7 @@ pub(super) struct Row {
     pub offered: usize,
     /// Those of them that it took or had, ascending.
     pub stored: Vec<u32>,
-    /// How many of these are known to be settled.
+    /// Blocks before this one were hit, or are known to be settled.
     pub settled: usize,
 }
 
@@ -27,7 +27,7 @@ impl Row {
         self.considered = self.considered.min(b);
         self.offered = self.offered.min(b);
         self.stored.retain(|&stored| (stored as usize) < b);
-        self.settled = self.settled.min(self.stored.len());
+        self.settled = self.settled.min(b);
     }
 }
 

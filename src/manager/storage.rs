@@ -394,25 +394,6 @@ impl Manager {
         }
     }
 
-    /// Marks blocks of a sequence on the host as settled, up to `settled` tokens, so that they go to storage.
-    pub(super) fn settle(
-        host: &mut SlotTier,
-        to_persist: &mut VecDeque<HostSlot>,
-        groups: &[Group],
-        sequence: &mut Sequence,
-        settled: usize,
-    ) {
-        for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
-            while let Some(&b) = row.stored.get(row.settled)
-                && (b as usize + 1) * group.block_size <= settled
-            {
-                let hash = &sequence.tokens.hashes()[group.key_index(b as usize)];
-                to_persist.extend(host.settle(g, hash));
-                row.settled += 1;
-            }
-        }
-    }
-
     /// Drops tiers that were detached, once nothing uses them.
     pub(super) fn forget_drained(&mut self) {
         if self.storage_config.is_none() && self.storage.as_ref().is_some_and(|s| s.used() == 0) {

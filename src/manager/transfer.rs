@@ -320,6 +320,9 @@ impl Manager {
         };
         if succeeded {
             self.device.insert(load.group, load.hash, load.index, load.block);
+            let host = self.host.as_ref();
+            let settled = host.is_some_and(|host| host.is_settled(load.group, &load.hash));
+            self.device.pool.block_mut(load.block).settled = settled;
             let (group, index) = (load.group as u32, load.index as u32);
             self.events.push(EventKind::Stored, group, Tier::Device, index, load.hash);
         } else {
@@ -391,6 +394,7 @@ impl Manager {
             }
             row.first_live = group.first_needed(valid);
             row.considered = row.considered.min(valid / group.block_size);
+            row.settled = row.settled.min(valid / group.block_size);
             // Nothing of it has been offered to the host: it has waited for its loads until now.
             debug_assert!(row.stored.is_empty());
         }

@@ -146,6 +146,11 @@ impl SlotTier {
         (first && entry.state == State::Resident).then_some(slot)
     }
 
+    /// Whether the tier has a block that is settled.
+    pub fn is_settled(&self, group: usize, hash: &BlockHash) -> bool {
+        self.find(group, hash).is_some_and(|slot| self.slot(slot).settled)
+    }
+
     /// What a slot holds, when that is settled: group, hash and index in its sequence.
     pub fn to_persist(&self, slot: u32) -> Option<(usize, BlockHash, u32)> {
         let &Slot { hash, index, group, state, settled, .. } = self.slot(slot);
@@ -243,9 +248,12 @@ impl SlotTier {
         self.free_doomed(slot);
     }
 
-    /// Forgets the block of this hash, arrived or on its way.
-    pub fn discard_hash(&mut self, group: usize, hash: &BlockHash, events: &mut Events) {
-        if let Some(&slot) = self.index[group].get(hash) {
+    /// Forgets the block of this hash, arrived or on its way, unless it is settled: then it is of other work than
+    /// that which failed.
+    pub fn disown(&mut self, group: usize, hash: &BlockHash, events: &mut Events) {
+        if let Some(&slot) = self.index[group].get(hash)
+            && !self.slot(slot).settled
+        {
             self.discard(slot, events);
         }
     }
