@@ -7,7 +7,7 @@ mod bytes;
 #[path = "manager_properties/oracle.rs"]
 mod oracle;
 
-use hybridkv::manager::{GroupConfig, ManagerConfig, Retention};
+use hybridkv::manager::{Eviction, GroupConfig, ManagerConfig, Retention};
 use hybridkv::spec::{AttentionKind, GroupKind};
 use proptest::prelude::*;
 
@@ -67,6 +67,7 @@ fn config() -> impl Strategy<Value = ManagerConfig> {
                 slack,
                 dense_chunks,
             },
+            eviction: Eviction::Lru,
             max_model_len: 1 + (num_blocks - 8) / groups.len() as u32,
             groups,
             num_blocks,

@@ -1,8 +1,8 @@
 //! The safety rules that are the manager's to keep, each with the history that breaks without it.
 
 use hybridkv::manager::{
-    BlockHash, Completion, Direction, EventKind, ExtraKeys, GroupConfig, HashedTokens, HostConfig,
-    Manager, ManagerConfig, Outcome, Retention, Tier, Transfer,
+    BlockHash, Completion, Direction, EventKind, Eviction, ExtraKeys, GroupConfig, HashedTokens,
+    HostConfig, Manager, ManagerConfig, Outcome, Retention, Tier, Transfer,
 };
 use hybridkv::spec::AttentionKind;
 use hybridkv::{ErrorKind, Result};
@@ -22,6 +22,7 @@ fn manager(kinds: &[AttentionKind], num_blocks: u32, host_slots: u32) -> Manager
         num_blocks,
         prefix_caching: true,
         retention: Retention { interval: None, slack: 0, dense_chunks: true },
+        eviction: Eviction::Lru,
         max_model_len: (num_blocks - 1) / kinds.len() as u32 * 16,
         in_flight_tokens: 1 << 20,
         host: (host_slots > 0).then_some(HostConfig::new(host_slots)),

@@ -22,6 +22,7 @@ fn config(retention: Retention, sizes: [u32; 2], num_blocks: u32) -> ManagerConf
         num_blocks,
         prefix_caching: true,
         retention,
+        eviction: hybridkv::manager::Eviction::Lru,
         max_model_len: 64,
         in_flight_tokens: 64,
         host: Some(HostConfig::new(40)),

@@ -319,7 +319,8 @@ impl Manager {
             return;
         };
         if succeeded {
-            self.device.insert(load.group, load.hash, load.index, load.block);
+            let windowed = !self.groups[load.group].is_full();
+            self.device.insert(load.group, load.hash, load.index, load.block, (1, windowed));
             let host = self.host.as_ref();
             let settled = host.is_some_and(|host| host.is_settled(load.group, &load.hash));
             self.device.pool.block_mut(load.block).settled = settled;
