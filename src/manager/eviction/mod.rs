@@ -140,7 +140,7 @@ impl Order {
     }
 
     /// Blocks of a sequence that share one memory of their uses.
-    pub const STRIDE: usize = 8;
+    pub const STRIDE: usize = 32;
 
     /// A block holds something now that has been used `before` times.
     pub fn stored(&mut self, id: u32, before: u8, windowed: bool) {

@@ -24,7 +24,7 @@ const LISTS: usize = CLASSES * AGES;
 const TICKS_PER_TURNOVER: u32 = 256;
 /// The worths are learned anew every so many ticks, and what was seen before counts for less by `DECAY`.
 const TICKS_PER_LESSON: u32 = 32;
-const DECAY: f64 = 0.99;
+const DECAY: f64 = 0.995;
 /// Contents that are followed for the sake of learning, eight per line of the history.
 const SAMPLE_LINES: usize = 2048;
 /// What is believed before anything is seen counts as so many contents, of which `PRIOR_USED` are used in
@@ -184,9 +184,10 @@ fn class(info: u32) -> usize {
     (info >> 3 & 1) as usize * USES + ((info & 7).max(1) as usize - 1).min(USES - 1)
 }
 
-/// The octave of an age in ticks.
+/// The list in which blocks of an age in ticks stand: list `a` has those from 3/4 to 3/2 of `1 << a` on average.
 fn age(ticks: u32) -> usize {
-    (u32::BITS - ticks.leading_zeros()).min(AGES as u32 - 1) as usize
+    let scaled = u64::from(ticks) * 4 / 3;
+    (scaled.max(1).ilog2() as usize).min(AGES - 1)
 }
 
 /// The most uses per tick to be had of a block that has come to an age, given the share of those of each age
@@ -194,7 +195,7 @@ fn age(ticks: u32) -> usize {
 fn density(share: &[f64; AGES], age: usize) -> f64 {
     let (mut alive, mut uses, mut kept, mut best) = (1.0, 0.0, 0.0, 0.0f64);
     for (age, share) in share.iter().enumerate().skip(age) {
-        let ticks = f64::from(1u32 << age.saturating_sub(1));
+        let ticks = f64::from(1u32 << age);
         uses += alive * share;
         kept += alive * (1.0 - share / 2.0) * ticks;
         alive *= 1.0 - share;
