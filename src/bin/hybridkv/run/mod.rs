@@ -15,7 +15,7 @@ use std::str::FromStr;
 
 use hybridkv::engine::{Fault, FaultKind};
 use hybridkv::error::{Error, ErrorKind, Result};
-use hybridkv::manager::Direction;
+use hybridkv::manager::{Direction, WritePolicy};
 
 use progress::Progress;
 use report::Report;
@@ -44,6 +44,16 @@ pub struct Args {
     /// Host slots per device block.
     #[arg(long, default_value_t = 2.0)]
     pub host_ratio: f64,
+    /// When blocks are written to the host: through (as they are computed), selective (when they are used a
+    /// second time), back (before they are evicted).
+    #[arg(long, value_enum, default_value_t = Write::Through)]
+    pub write: Write,
+    /// Folder of a storage tier below the host; what an earlier run of the same model left there is used.
+    #[arg(long)]
+    pub storage: Option<String>,
+    /// Bytes of the storage tier, e.g. 64GiB.
+    #[arg(long, default_value = "16GiB", requires = "storage")]
+    pub storage_bytes: String,
     /// Tokens per block.
     #[arg(long, default_value_t = 16)]
     pub block_size: u32,
@@ -73,9 +83,27 @@ pub struct Args {
     #[arg(long)]
     pub poison: bool,
     /// Make transfers misbehave, to see that verification notices: KIND:DIRECTION[:COUNT] with fail, skip,
-    /// corrupt, unordered and offload, onboard.
+    /// corrupt, short, unordered and offload, onboard, persist, fetch.
     #[arg(long = "fault", value_name = "FAULT")]
     pub faults: Vec<InjectedFault>,
+}
+
+/// Write policies as the command line names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Write {
+    Through,
+    Selective,
+    Back,
+}
+
+impl From<Write> for WritePolicy {
+    fn from(write: Write) -> Self {
+        match write {
+            Write::Through => Self::Through,
+            Write::Selective => Self::Selective { uses: 2 },
+            Write::Back => Self::Back,
+        }
+    }
 }
 
 /// A fault as the command line writes it.
@@ -91,13 +119,16 @@ impl FromStr for InjectedFault {
             Some("fail") => FaultKind::Fail,
             Some("skip") => FaultKind::Skip,
             Some("corrupt") => FaultKind::Corrupt,
+            Some("short") => FaultKind::Short,
             Some("unordered") => FaultKind::Unordered,
-            _ => return Err("the kind must be fail, skip, corrupt or unordered".into()),
+            _ => return Err("the kind must be fail, skip, corrupt, short or unordered".into()),
         };
         let direction = match parts.next() {
             Some("offload") => Direction::Offload,
             Some("onboard") => Direction::Onboard,
-            _ => return Err("the direction must be offload or onboard".into()),
+            Some("persist") => Direction::Persist,
+            Some("fetch") => Direction::Fetch,
+            _ => return Err("the direction must be offload, onboard, persist or fetch".into()),
         };
         let count = match parts.next() {
             None => 1,

@@ -38,6 +38,8 @@ pub struct Report {
     pub host_tier: Tier,
     pub offload: Moved,
     pub onboard: Moved,
+    pub persist: Moved,
+    pub fetch: Moved,
     pub decode_attention: Attention,
     pub mixed_attention: Attention,
     pub verified: Verified,
@@ -61,6 +63,7 @@ pub struct Hits {
     pub prompt_tokens: u64,
     pub device_tokens: u64,
     pub host_tokens: u64,
+    pub storage_tokens: u64,
 }
 
 /// What a tier holds at the end.
@@ -150,11 +153,14 @@ impl Report {
                 prompt_tokens: counters.prompt_tokens,
                 device_tokens: counters.device_hit_tokens,
                 host_tokens: counters.host_hit_tokens,
+                storage_tokens: counters.storage_hit_tokens,
             },
             device_tier: tiers.0,
             host_tier: tiers.1,
             offload: Moved::new(&moved.offload),
             onboard: Moved::new(&moved.onboard),
+            persist: Moved::new(&moved.persist),
+            fetch: Moved::new(&moved.fetch),
             decode_attention: Attention::new(&counters.decode_attention),
             mixed_attention: Attention::new(&counters.mixed_attention),
             verified: Verified {
@@ -211,11 +217,14 @@ impl Report {
             (
                 "prefix hits",
                 format!(
-                    "{:.1} % of {} prompt tokens: device {:.1} %, host {:.1} %; {} failed loads",
-                    self.hits.percent(self.hits.device_tokens + self.hits.host_tokens),
+                    "{:.1} % of {} prompt tokens: device {:.1} %, host {:.1} %, storage {:.1} %; {} failed loads",
+                    self.hits.percent(
+                        self.hits.device_tokens + self.hits.host_tokens + self.hits.storage_tokens
+                    ),
                     self.hits.prompt_tokens,
                     self.hits.percent(self.hits.device_tokens),
                     self.hits.percent(self.hits.host_tokens),
+                    self.hits.percent(self.hits.storage_tokens),
                     self.failed_loads
                 ),
             ),
@@ -223,6 +232,8 @@ impl Report {
             ("host tier", self.host_tier.line()),
             ("offload", self.offload.line()),
             ("onboard", self.onboard.line()),
+            ("to storage", self.persist.line()),
+            ("from storage", self.fetch.line()),
             (
                 "attention",
                 format!(

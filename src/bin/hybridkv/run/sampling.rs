@@ -130,17 +130,6 @@ impl Sampler {
         engine: &Engine,
         compute: StreamRef<'_>,
     ) -> Result<()> {
-        if !loads.is_empty() {
-            for g in 0..self.block_sizes.len() {
-                let (table, size) = (manager.table(sequence.seq, g)?, self.block_sizes[g]);
-                for (position, &hash) in sequence.hashes[..tokens].iter().enumerate() {
-                    let block = table[position / size];
-                    if loads.contains(&(g, block)) {
-                        self.note(block, position % size, hash);
-                    }
-                }
-            }
-        }
         self.sample_blocks(sequence, tokens, manager, engine, compute, |key| {
             if loads.contains(&key) { Occasion::Onboarded } else { Occasion::Hit }
         })
@@ -182,6 +171,22 @@ impl Sampler {
             }
         }
         Ok(())
+    }
+
+    /// The load of a block, the one of this index in a sequence of these hashes, has been emitted. Whether the
+    /// sequence can use it or not, it may be offloaded again.
+    pub fn note_load(
+        &mut self,
+        group: usize,
+        block: BlockId,
+        index: Option<usize>,
+        hashes: &[u64],
+    ) {
+        let size = self.block_sizes[group];
+        let Some(index) = index else { return };
+        for (offset, &hash) in hashes.iter().skip(index * size).take(size).enumerate() {
+            self.note(block, offset, hash);
+        }
     }
 
     /// The offload of a block of a group has been emitted: perhaps its slot is looked at later.

@@ -14,10 +14,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use hybridkv::device::{Device, Event, Stream};
-use hybridkv::engine::{BatchTables, Engine, Fault, SeqSlice};
+use hybridkv::engine::{BatchTables, BlockStore, Engine, Fault, FileStore, SeqSlice};
 use hybridkv::error::{Error, ErrorKind, Result};
 use hybridkv::manager::{
-    BlockId, Completion, ExtraKeys, Manager, Outcome, Path, SeqId, Transfer, TransferId,
+    BlockId, Completion, ExtraKeys, Manager, Outcome, Path, SeqId, StorageConfig, Transfer,
+    TransferId,
 };
 use hybridkv::ops::Kernels;
 use hybridkv::ops::synthetic::history;
@@ -29,6 +30,8 @@ use super::verify::{Oracle, Tally};
 
 /// Attention is timed in one step of this many.
 pub const TIMED_STEPS: u64 = 8;
+/// Threads that move blocks to and from storage.
+const STORAGE_THREADS: usize = 4;
 /// Requests that wait for the turn before them, at most, while later ones are looked at.
 const LOOK_AHEAD: usize = 64;
 
@@ -43,6 +46,7 @@ pub struct Counters {
     pub prompt_tokens: u64,
     pub device_hit_tokens: u64,
     pub host_hit_tokens: u64,
+    pub storage_hit_tokens: u64,
     /// Tokens computed: prefill and decode.
     pub prefill_tokens: u64,
     pub decode_tokens: u64,
@@ -151,9 +155,14 @@ pub struct Server {
 impl Server {
     /// A server that has not served yet.
     pub fn new(device: &Device, setup: Setup, faults: &[Fault]) -> Result<Self> {
-        let manager = Manager::new(setup.manager.clone())?;
+        let mut manager = Manager::new(setup.manager.clone())?;
         let kernels = Arc::new(Kernels::load(device)?);
         let mut engine = Engine::new(kernels.clone(), setup.engine)?;
+        if let Some(config) = &setup.storage {
+            let store = Arc::new(FileStore::open(config.clone())?);
+            manager.attach_storage(StorageConfig::new(store.num_slots()), store.stored())?;
+            engine.attach_storage(store, STORAGE_THREADS)?;
+        }
         for fault in faults {
             engine.inject(*fault);
         }
@@ -246,9 +255,12 @@ impl Server {
             }
             each_round(self);
         }
-        // The last offloads.
-        self.engine.wait(&mut self.completed)?;
-        self.take_completions()
+        // The last blocks on their way down; each can be followed by another transfer.
+        while self.engine.outstanding() > 0 {
+            self.engine.wait(&mut self.completed)?;
+            self.take_completions()?;
+        }
+        Ok(())
     }
 
     /// Checks what is still to be checked.
@@ -271,6 +283,7 @@ impl Server {
         {
             self.settle_oldest()?;
         }
+        self.manager.tick(self.started.elapsed().as_nanos() as u64)?;
         self.engine.poll(&mut self.completed)?;
         self.take_completions()
     }
@@ -382,7 +395,9 @@ impl Server {
                 let hit = allocation.hit_tokens as u64;
                 self.counters.prompt_tokens += job.prompt_len as u64;
                 self.counters.device_hit_tokens += allocation.device_hit_tokens as u64;
-                self.counters.host_hit_tokens += hit - allocation.device_hit_tokens as u64;
+                let host_hit = allocation.host_hit_tokens as u64;
+                self.counters.host_hit_tokens += host_hit - allocation.device_hit_tokens as u64;
+                self.counters.storage_hit_tokens += hit - host_hit;
             }
             let index = job.request.index;
             let at = self.running.partition_point(|live| live.job.request.index < index);
@@ -401,6 +416,7 @@ impl Server {
             if allocation.loads.is_empty() {
                 self.sample_hit(at)?;
             }
+            self.hear_all()?;
         }
         Ok(())
     }
@@ -577,7 +593,13 @@ impl Server {
             match (transfer.path, transfer.seq) {
                 (Path::Onboard { to, .. }, Some(seq)) => {
                     if let Some(live) = self.running.iter_mut().find(|live| live.seq == seq) {
-                        live.loads.push((transfer.group as usize, to));
+                        let group = transfer.group as usize;
+                        live.loads.push((group, to));
+                        if let Some(sampler) = &mut self.sampler {
+                            let table = self.manager.table(seq, group)?;
+                            let index = table.iter().position(|&id| id == to);
+                            sampler.note_load(group, to, index, &live.job.hashes);
+                        }
                     }
                 }
                 (Path::Offload { from, to }, _) => {
@@ -598,18 +620,33 @@ impl Server {
             if let Some(sampler) = &mut self.sampler {
                 sampler.transfer_ended(id, outcome, &self.engine)?;
             }
-            match self.manager.complete(id, outcome)? {
-                Completion::Pending => {}
-                Completion::Ready { seq, valid_tokens } => self.loaded(seq, valid_tokens)?,
-                Completion::Dropped { seq } => {
-                    if let Some(at) = self.running.iter().position(|live| live.seq == seq) {
-                        self.counters.failed_loads += 1;
-                        self.requeue(at);
-                    }
+            let completion = self.manager.complete(id, outcome)?;
+            self.hear(completion)?;
+            self.hear_all()?;
+        }
+        self.completed = completed;
+        self.pump()
+    }
+
+    /// Takes what the manager has to tell besides its answers to completions.
+    fn hear_all(&mut self) -> Result<()> {
+        while let Some(completion) = self.manager.next_completion() {
+            self.hear(completion)?;
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self, completion: Completion) -> Result<()> {
+        match completion {
+            Completion::Pending => {}
+            Completion::Ready { seq, valid_tokens } => self.loaded(seq, valid_tokens)?,
+            Completion::Dropped { seq } => {
+                if let Some(at) = self.running.iter().position(|live| live.seq == seq) {
+                    self.counters.failed_loads += 1;
+                    self.requeue(at);
                 }
             }
         }
-        self.completed = completed;
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! From arguments to a model, a workload and memory sizes that belong together.
 
 use hybridkv::device::Device;
-use hybridkv::engine::{EngineConfig, HostSize};
+use hybridkv::engine::{EngineConfig, FileStoreConfig, HostSize, SyncPolicy};
 use hybridkv::error::{Error, Result};
 use hybridkv::manager::{GroupConfig, HostConfig, ManagerConfig, Retention};
 use hybridkv::spec::{AttentionKind, GroupPlan, LayerSpec, ModelSpec};
@@ -99,6 +99,7 @@ pub struct Setup {
     pub workload: Workload,
     pub engine: EngineConfig,
     pub manager: ManagerConfig,
+    pub storage: Option<FileStoreConfig>,
     pub max_seqs: usize,
     pub max_batch_tokens: usize,
     /// Fraction of blocks read back, and of (sequence, step, layer) of which one output row is checked.
@@ -192,12 +193,24 @@ impl Setup {
             retention: Retention { interval: Some(0), slack: 1, dense_chunks: false },
             max_model_len: u32::try_from(workload.longest()).unwrap_or(u32::MAX),
             in_flight_tokens: u32::try_from(STEPS_IN_FLIGHT * max_batch_tokens).unwrap_or(u32::MAX),
-            host: (engine.num_slots > 0).then_some(HostConfig::new(engine.num_slots)),
+            host: (engine.num_slots > 0)
+                .then(|| HostConfig::new(engine.num_slots).with_write(args.write.into())),
             identity: identity(&spec, &plan),
+        };
+        let storage = match &args.storage {
+            Some(path) => Some(FileStoreConfig {
+                path: path.into(),
+                bytes: parse_bytes(&args.storage_bytes)?,
+                block_bytes: plan.block_bytes,
+                identity: manager.identity,
+                sync: SyncPolicy::Never,
+            }),
+            None => None,
         };
         Ok(Self {
             spec,
             plan,
+            storage,
             workload,
             engine,
             manager,
