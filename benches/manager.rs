@@ -5,7 +5,9 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
-use hybridkv::manager::{ExtraKeys, GroupConfig, HashedTokens, Manager, ManagerConfig, Retention};
+use hybridkv::manager::{
+    Eviction, ExtraKeys, GroupConfig, HashedTokens, Manager, ManagerConfig, Retention,
+};
 use hybridkv::spec::ModelSpec;
 
 const BLOCKS: usize = 8192;
@@ -21,6 +23,7 @@ fn manager(model: &str, num_blocks: u32) -> Manager {
         num_blocks,
         prefix_caching: true,
         retention: Retention { interval: Some(0), slack: 1, dense_chunks: false },
+        eviction: Eviction::Reuse,
         max_model_len: 16 * (BLOCKS as u32 + 512),
         in_flight_tokens: 1 << 20,
         host: None,

@@ -169,7 +169,7 @@ mod tests {
 
     #[test]
     fn a_manager_starts_with_the_length_that_fits_and_with_no_longer_one() {
-        use crate::manager::{Manager, ManagerConfig, Retention};
+        use crate::manager::{Eviction, Manager, ManagerConfig, Retention};
         for (name, block_size, memory) in [
             ("llama-3.1-8b", 16, 1u64 << 30),
             ("gemma-4-31b", 16, 4 << 30),
@@ -185,6 +185,7 @@ mod tests {
                     num_blocks: (memory / plan.block_bytes as u64) as u32,
                     prefix_caching: true,
                     retention: Retention::default(),
+                    eviction: Eviction::default(),
                     max_model_len,
                     in_flight_tokens: 512,
                     host: None,

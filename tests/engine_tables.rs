@@ -4,7 +4,7 @@
 use hybridkv::device::{Device, PinnedBuffer, Span, StreamRef};
 use hybridkv::engine::{Batch, BatchTables, SeqSlice};
 use hybridkv::layout::{Dtype, KvShape};
-use hybridkv::manager::{ExtraKeys, GroupConfig, Manager, ManagerConfig, Retention};
+use hybridkv::manager::{Eviction, ExtraKeys, GroupConfig, Manager, ManagerConfig, Retention};
 use hybridkv::ops::synthetic::splitmix64;
 use hybridkv::spec::{AttentionKind, LayerGroup};
 
@@ -40,6 +40,7 @@ fn manager(groups: &[LayerGroup]) -> Manager {
         num_blocks: 4000,
         prefix_caching: true,
         retention: Retention { interval: Some(0), slack: 1, dense_chunks: false },
+        eviction: Eviction::Lru,
         max_model_len: 4000,
         in_flight_tokens: 256,
         host: None,

@@ -3,8 +3,8 @@
 
 use hybridkv::ErrorKind;
 use hybridkv::manager::{
-    BlockCopy, BlockId, ExtraKeys, GroupConfig, HostConfig, Manager, ManagerConfig, Outcome,
-    Retention,
+    BlockCopy, BlockId, Eviction, ExtraKeys, GroupConfig, HostConfig, Manager, ManagerConfig,
+    Outcome, Retention,
 };
 use hybridkv::spec::AttentionKind;
 use proptest::prelude::*;
@@ -19,6 +19,7 @@ fn manager(num_blocks: u32) -> Manager {
         num_blocks,
         prefix_caching: true,
         retention: Retention { interval: None, slack: 0, dense_chunks: true },
+        eviction: Eviction::Lru,
         max_model_len: (num_blocks - 1) / 2 * 4,
         in_flight_tokens: num_blocks * 4,
         host: Some(HostConfig::new(64)),

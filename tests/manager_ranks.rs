@@ -35,6 +35,7 @@ fn manager() -> Manager {
         num_blocks: CONFIG.num_blocks,
         prefix_caching: true,
         retention: Retention { interval: None, slack: 0, dense_chunks: true },
+        eviction: hybridkv::manager::Eviction::Lru,
         max_model_len: 192,
         in_flight_tokens: 1 << 20,
         host: Some(HostConfig::new(CONFIG.num_slots)),

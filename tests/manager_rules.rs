@@ -1,8 +1,8 @@
 //! The safety rules that are the manager's to keep, each with the history that breaks without it.
 
 use hybridkv::manager::{
-    BlockHash, Completion, Direction, EventKind, ExtraKeys, GroupConfig, HashedTokens, HostConfig,
-    Manager, ManagerConfig, Outcome, Retention, StorageConfig, Tier, Transfer, WritePolicy,
+    BlockHash, Completion, Direction, EventKind, Eviction, ExtraKeys, GroupConfig, HashedTokens,
+    HostConfig, Manager, ManagerConfig, Outcome, Retention, Tier, Transfer,
 };
 use hybridkv::spec::AttentionKind;
 use hybridkv::{ErrorKind, Result};
@@ -22,6 +22,7 @@ fn manager(kinds: &[AttentionKind], num_blocks: u32, host_slots: u32) -> Manager
         num_blocks,
         prefix_caching: true,
         retention: Retention { interval: None, slack: 0, dense_chunks: true },
+        eviction: Eviction::Lru,
         max_model_len: (num_blocks - 1) / kinds.len() as u32 * 16,
         in_flight_tokens: 1 << 20,
         host: (host_slots > 0).then_some(HostConfig::new(host_slots)),
@@ -309,32 +310,6 @@ fn an_aborted_sequence_takes_back_what_it_did_not_finish() {
     assert_eq!(m.abort(1).unwrap(), [2]);
     let hit = m.lookup(&[&prompt[..], &[1]].concat(), KEYS);
     assert_eq!((hit.device_tokens, hit.tokens), (32, 32), "on the device and on the host");
-}
-
-#[test]
-fn an_aborted_sequence_takes_back_what_others_stored_of_it() {
-    let host = HostConfig::new(32).with_write(WritePolicy::Selective { uses: 2 });
-    let config = ManagerConfig { host: Some(host), ..manager(&[FULL], 33, 32).config().clone() };
-    let mut m = Manager::new(config).unwrap();
-    m.attach_storage(StorageConfig::new(32), &[]).unwrap();
-    let prompt = tokens(0, 64);
-    let longer = [&prompt[..], &[0]].concat();
-    m.allocate(1, &prompt, KEYS, 0).unwrap();
-    m.advance(1, 64, 0).unwrap();
-    assert_eq!(m.allocate(2, &longer, KEYS, 0).unwrap().hit_tokens, 64);
-    // The second use stores them, while the step that writes them is in flight.
-    m.advance(2, 65, 64).unwrap();
-    let stores = transfers(&mut m);
-    assert_eq!(stores.len(), 4);
-    for store in &stores {
-        assert_eq!(store.path.direction(), Direction::Offload);
-        m.complete(store.id, Outcome::Succeeded).unwrap();
-    }
-    assert_eq!(transfers(&mut m), [], "nothing goes to storage before a step of its own has ended");
-    assert_eq!(m.abort(1).unwrap(), [2]);
-    m.abort(2).unwrap();
-    assert_eq!(m.lookup(&longer, KEYS).tokens, 0);
-    assert_eq!(m.usage().host_used, 0);
 }
 
 #[test]

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use hybridkv::ErrorKind;
 use hybridkv::manager::{
-    Completion, ExtraKeys, GroupConfig, HostConfig, Manager, ManagerConfig, Outcome, Place,
-    Retention, Transfer,
+    Completion, Eviction, ExtraKeys, GroupConfig, HostConfig, Manager, ManagerConfig, Outcome,
+    Place, Retention, Transfer,
 };
 use hybridkv::spec::{AttentionKind, GroupKind};
 use proptest::prelude::*;
@@ -22,6 +22,7 @@ fn config(retention: Retention, sizes: [u32; 2], num_blocks: u32) -> ManagerConf
         num_blocks,
         prefix_caching: true,
         retention,
+        eviction: Eviction::Lru,
         max_model_len: 64,
         in_flight_tokens: 64,
         host: Some(HostConfig::new(40)),

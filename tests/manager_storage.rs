@@ -2,9 +2,9 @@
 //! go.
 
 use hybridkv::manager::{
-    BreakerConfig, BreakerState, Completion, CostModel, Direction, ExtraKeys, GroupConfig,
-    HostConfig, Manager, ManagerConfig, Outcome, PrefetchPolicy, Retention, StorageConfig,
-    StoredBlock, Tier, Transfer, WritePolicy,
+    BreakerConfig, BreakerState, Completion, CostModel, Direction, Eviction, ExtraKeys,
+    GroupConfig, HostConfig, Manager, ManagerConfig, Outcome, PrefetchPolicy, Retention,
+    StorageConfig, StoredBlock, Tier, Transfer, WritePolicy,
 };
 use hybridkv::spec::AttentionKind;
 use hybridkv::{Error, ErrorKind};
@@ -21,6 +21,7 @@ fn manager(kinds: &[AttentionKind], num_blocks: u32, host: HostConfig) -> Manage
         num_blocks,
         prefix_caching: true,
         retention: Retention { interval: None, slack: 0, dense_chunks: true },
+        eviction: Eviction::Lru,
         max_model_len: (num_blocks - 1) / kinds.len() as u32 * 16,
         in_flight_tokens: 1 << 20,
         host: Some(host),

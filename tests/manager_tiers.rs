@@ -1,8 +1,8 @@
 //! When blocks go down to the lower tiers, and what that keeps.
 
 use hybridkv::manager::{
-    Direction, ExtraKeys, GroupConfig, HostConfig, Manager, ManagerConfig, Outcome, Retention,
-    Transfer, WritePolicy,
+    Direction, Eviction, ExtraKeys, GroupConfig, HostConfig, Manager, ManagerConfig, Outcome,
+    Retention, Transfer, WritePolicy,
 };
 use hybridkv::spec::AttentionKind;
 use hybridkv::{ErrorKind, Result};
@@ -22,6 +22,7 @@ fn manager(kinds: &[AttentionKind], num_blocks: u32, host: HostConfig) -> Manage
         num_blocks,
         prefix_caching: true,
         retention: Retention { interval: None, slack: 0, dense_chunks: true },
+        eviction: Eviction::Lru,
         max_model_len: (num_blocks - 1) / kinds.len() as u32 * 16,
         in_flight_tokens: 1 << 20,
         host: Some(host),

@@ -223,7 +223,7 @@ def ours(batch, kernels):
     }
     scales = {}
     if case.kv == "fp8":
-        one = torch.ones(1, 1, 1, 1, dtype=torch.float32, device=batch.device)
+        one = torch.ones(1, dtype=torch.float32, device=batch.device).expand(batch.blocks, 1, case.kv_heads, PAGE)
         scales = {"k_scale": one, "v_scale": one}
     outputs, calls, workspace = batch.outputs(), [], None
     for pool, out in zip(batch.kv, outputs):

@@ -1,6 +1,7 @@
 //! Lookup, allocation and growth of sequences: what is found is pinned, what is missing is taken, and what
 //! the tokens fill becomes findable.
 
+use super::eviction::{Order, is_last_of_stride};
 use super::groups::align_down;
 use super::grow::{Goal, Grower, grow, lacking};
 use super::pool::NULL;
@@ -176,9 +177,17 @@ impl Manager {
         clean?;
 
         // R5: the hits of all groups leave the free queue before any group takes a block from it.
-        for (group, row) in self.groups.iter().zip(&rows) {
-            for id in group.needed(hit).map(|b| row[b]).filter(|&id| id != NULL) {
-                self.device.pool.touch(id);
+        for (g, (group, row)) in self.groups.iter().zip(&rows).enumerate() {
+            for b in group.needed(hit) {
+                let order = &mut self.device.pool.order;
+                if is_last_of_stride(b) {
+                    let hash = &tokens.hashes()[group.key_index(b)];
+                    order.recall(hash.key(g), !group.is_full());
+                }
+                if row[b] != NULL {
+                    order.hit(row[b]);
+                    self.device.pool.touch(row[b]);
+                }
             }
         }
         let mut new_blocks = vec![Vec::new(); self.groups.len()];
@@ -365,7 +374,17 @@ pub(super) fn cache(
     let end = align_down(tokens, policy.alignment);
     for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
         let considered = std::mem::replace(&mut row.considered, end / group.block_size);
+        let mut before = 0;
         for b in considered..row.considered {
+            if b == considered || b % Order::STRIDE == 0 {
+                // The blocks up to here have one memory, which goes by the last of them.
+                let last = b - b % Order::STRIDE + Order::STRIDE - 1;
+                before = 0;
+                if last < row.considered && policy.keeps(group, &sequence.boundaries, last) {
+                    let key = sequence.tokens.hashes()[group.key_index(last)].key(g);
+                    before = device.pool.order.recall(key, !group.is_full());
+                }
+            }
             let id = row.table[b];
             // A block of a forked sequence can have been cached for another one: by the same tokens, so
             // under the same hash.
@@ -374,7 +393,7 @@ pub(super) fn cache(
                 && policy.keeps(group, &sequence.boundaries, b)
             {
                 let hash = sequence.tokens.hashes()[group.key_index(b)];
-                device.insert(g, hash, b, id);
+                device.insert(g, hash, b, id, (before, !group.is_full()));
                 events.push(EventKind::Stored, g as u32, Tier::Device, b as u32, hash);
             }
         }

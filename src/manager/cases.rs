@@ -43,6 +43,7 @@ fn config(groups: Vec<GroupConfig>, num_blocks: usize, max_model_len: u32) -> Ma
         num_blocks: num_blocks as u32,
         prefix_caching: true,
         retention: Retention { interval: None, slack: 0, dense_chunks: true },
+        eviction: Eviction::Lru,
         max_model_len,
         in_flight_tokens: 0,
         host: None,
@@ -125,7 +126,7 @@ fn pool_001_free_queue() {
     // The peer's block n is our n + 1: ours has the null block in front.
     let ours = |value: &Value| numbers::<u32>(value).iter().map(|id| id + 1).collect::<Vec<_>>();
     let list = ours(&case["setup"]["free_list"]);
-    let mut pool = Pool::new(list.len() as u32 + 1);
+    let mut pool = Pool::new(list.len() as u32 + 1, Eviction::Lru);
     assert_eq!(pool.queue().collect::<Vec<_>>(), list);
     let first = pool.take().unwrap();
     assert_eq!(first as usize, number(&case["expected"]["popleft"]) + 1);
@@ -162,9 +163,9 @@ fn prefix_006_caching_disabled() {
 fn prefix_010_duplicate_hashes() {
     let case = case("prefix-010");
     let name = |name: &str| hash(u32::from(name.as_bytes()[0]));
-    let mut device = DeviceTier::new(Pool::new(5), 1);
+    let mut device = DeviceTier::new(Pool::new(5, Eviction::Lru), 1);
     for (id, of) in case["setup"]["assign"].as_object().unwrap() {
-        device.insert(0, name(of.as_str().unwrap()), 0, id.parse::<u32>().unwrap() + 1);
+        device.insert(0, name(of.as_str().unwrap()), 0, id.parse::<u32>().unwrap() + 1, (0, false));
     }
     let maps = case["expected"]["maps"].as_array().unwrap();
     for (evict, map) in [1, 0, 2, 3].into_iter().zip(maps) {

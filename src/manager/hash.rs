@@ -28,6 +28,13 @@ impl BlockHash {
         &self.0
     }
 
+    /// A number for the content of this hash in a group, other than the one that maps go by.
+    pub(super) fn key(&self, group: usize) -> u64 {
+        let mut word = [0; 8];
+        word.copy_from_slice(&self.0[8..]);
+        u64::from_le_bytes(word) ^ (group as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15)
+    }
+
     /// The hash of the unit of `tokens` that follows.
     fn next(&self, tokens: &[u32]) -> Self {
         let mut key = [0; 32];

@@ -11,6 +11,7 @@ mod cases;
 mod allocate;
 mod branch;
 mod events;
+mod eviction;
 mod groups;
 mod grow;
 mod hash;
@@ -34,6 +35,7 @@ use std::collections::{HashSet, VecDeque};
 
 pub use self::branch::{BlockCopy, Cut};
 pub use self::events::{Event, EventKind, Tier};
+pub use self::eviction::Eviction;
 pub use self::hash::{BlockHash, HashedTokens};
 pub use self::prefetch::Prefetch;
 pub use self::ranks::{Rank, RankSet, Report};
@@ -148,6 +150,8 @@ pub struct ManagerConfig {
     pub prefix_caching: bool,
     /// Which windowed blocks stay cached.
     pub retention: Retention,
+    /// Which cached block without a user is reused first.
+    pub eviction: Eviction,
     /// Longest sequence.
     pub max_model_len: u32,
     /// Tokens that may be computed and not yet settled (all steps in flight together).
@@ -340,7 +344,7 @@ impl Manager {
         Ok(Self {
             policy: Policy { retention: config.retention, alignment },
             hash_block: if config.prefix_caching { unit } else { 0 },
-            device: DeviceTier::new(Pool::new(config.num_blocks), groups.len()),
+            device: DeviceTier::new(Pool::new(config.num_blocks, config.eviction), groups.len()),
             host: config
                 .host
                 .map(|host| SlotTier::new(Tier::Host, host.num_slots, groups.len(), host.breaker)),

@@ -1,12 +1,12 @@
 //! The elastic device pool: equal blocks, any of which can serve any layer group.
 //!
 //! A block is *used* while tables of sequences hold it, *pinned* while a transfer reads or writes it, and
-//! *available* when neither. Unused blocks stand in one queue and are reused from its front. Block 0 is
-//! the null block: it never holds data.
+//! *available* when neither. Unused blocks stand in line for their reuse, in the order of the eviction policy.
+//! Block 0 is the null block: it never holds data.
 
 use super::BlockId;
+use super::eviction::{Eviction, Order};
 use super::hash::BlockHash;
-use super::queue::IndexQueue;
 
 /// The null block.
 pub(super) const NULL: BlockId = 0;
@@ -34,17 +34,19 @@ pub(super) struct Block {
     pins: u32,
 }
 
-/// All blocks and the queue of the unused ones.
+/// All blocks and the line of the unused ones.
 pub(super) struct Pool {
     blocks: Vec<Block>,
-    queue: IndexQueue,
+    pub order: Order,
     available: usize,
 }
 
 impl Pool {
-    /// A pool of `num_blocks` (at least 1), the null block included; all others queued in ascending
-    /// order.
-    pub fn new(num_blocks: u32) -> Self {
+    /// A pool of `num_blocks` (at least 1), the null block included; all others in line in
+    /// ascending order.
+    pub fn new(num_blocks: u32, eviction: Eviction) -> Self {
+        let mut order = Order::new(eviction, num_blocks);
+        (1..num_blocks).for_each(|id| order.place_empty(id));
         let blocks = (0..num_blocks)
             .map(|id| Block {
                 hash: BlockHash::NONE,
@@ -59,11 +61,7 @@ impl Pool {
                 pins: 0,
             })
             .collect();
-        Self {
-            blocks,
-            queue: IndexQueue::full(num_blocks),
-            available: num_blocks.saturating_sub(1) as usize,
-        }
+        Self { blocks, order, available: num_blocks.saturating_sub(1) as usize }
     }
 
     pub fn block(&self, id: BlockId) -> &Block {
@@ -97,15 +95,9 @@ impl Pool {
         block.users > 1 || block.cached || block.pins > 0
     }
 
-    /// Whether `id` becomes available when its one user gives it back.
-    pub fn frees(&self, id: BlockId) -> bool {
-        let block = self.block(id);
-        block.users == 1 && block.pins == 0
-    }
-
     /// Available blocks in the order of their reuse.
     pub fn queue(&self) -> impl Iterator<Item = BlockId> + '_ {
-        self.queue.iter().filter(|&id| self.block(id).pins == 0)
+        self.order.iter().filter(|&id| self.is_available(id))
     }
 
     /// Takes the next block for one user. It may still be cached: the caller drops its hash.
@@ -114,11 +106,10 @@ impl Pool {
             return None;
         }
         loop {
-            let id = self.queue.pop_front()?;
-            let block = self.block_mut(id);
-            // A pinned block steps out of the queue and comes back to its front when unpinned.
-            if block.pins == 0 {
-                block.users = 1;
+            let id = self.order.pop()?;
+            // One that is in use or pinned steps out of line until it is not.
+            if self.is_available(id) {
+                self.block_mut(id).users = 1;
                 self.available -= 1;
                 return Some(id);
             }
@@ -131,17 +122,14 @@ impl Pool {
         block.users += 1;
         if block.users == 1 {
             self.available -= usize::from(block.pins == 0);
-            if self.queue.contains(id) {
-                self.queue.remove(id);
-            }
+            self.order.leave(id);
         }
     }
 
     /// Drops one user of each of the blocks, given the end of the sequence first; null blocks are
-    /// skipped. Cached blocks left without users go to the back of the queue, the others to its front: in
-    /// both places the end of the sequence stands before its start.
+    /// skipped. Those left without users stand in line again, the end of the sequence before its start.
     pub fn release(&mut self, blocks: impl Iterator<Item = BlockId>) {
-        let mut front = NULL;
+        self.order.begin_release();
         for id in blocks.filter(|&id| id != NULL) {
             let block = &mut self.blocks[id as usize];
             block.users -= 1;
@@ -149,11 +137,9 @@ impl Pool {
                 continue;
             }
             self.available += usize::from(block.pins == 0);
-            if block.cached {
-                self.queue.push_back(id);
-            } else {
-                self.queue.insert_after(front, id);
-                front = id;
+            match block.cached {
+                true => self.order.place(id),
+                false => self.order.place_empty(id),
             }
         }
     }
@@ -169,8 +155,14 @@ impl Pool {
         self.block_mut(id).pins -= 1;
         if self.is_available(id) {
             self.available += 1;
-            if !self.queue.contains(id) {
-                self.queue.insert_after(NULL, id);
+            if !self.order.contains(id) {
+                match self.block(id).cached {
+                    true => self.order.place_first(id),
+                    false => {
+                        self.order.begin_release();
+                        self.order.place_empty(id);
+                    }
+                }
             }
         }
     }

@@ -21,15 +21,6 @@ impl IndexQueue {
         Self(links)
     }
 
-    /// A queue of all indices `1..len`, ascending.
-    pub fn full(len: u32) -> Self {
-        let mut queue = Self::new(len);
-        for index in 1..len {
-            queue.push_back(index);
-        }
-        queue
-    }
-
     pub fn contains(&self, index: u32) -> bool {
         self.0[index as usize].next != OUT
     }
@@ -60,14 +51,5 @@ impl IndexQueue {
         self.0[prev as usize].next = index;
         self.0[next as usize].prev = index;
         self.0[index as usize] = Link { prev, next };
-    }
-
-    /// All queued indices, front first.
-    pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        let mut at = 0;
-        std::iter::from_fn(move || {
-            at = self.0[at as usize].next;
-            (at != 0).then_some(at)
-        })
     }
 }

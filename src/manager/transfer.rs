@@ -319,7 +319,8 @@ impl Manager {
             return;
         };
         if succeeded {
-            self.device.insert(load.group, load.hash, load.index, load.block);
+            let windowed = !self.groups[load.group].is_full();
+            self.device.insert(load.group, load.hash, load.index, load.block, (1, windowed));
             let host = self.host.as_ref();
             let settled = host.is_some_and(|host| host.is_settled(load.group, &load.hash));
             self.device.pool.block_mut(load.block).settled = settled;
@@ -372,7 +373,7 @@ impl Manager {
             for &id in &row.table[valid / group.block_size..hit / group.block_size] {
                 if !own(&device.pool, id) {
                     fresh += usize::from(attends(group));
-                    returned += usize::from(id != NULL && device.pool.frees(id));
+                    returned += usize::from(id != NULL && device.pool.block(id).users == 1);
                 }
             }
         }

@@ -2,6 +2,7 @@
 
 use super::super::BlockId;
 use super::super::events::{EventKind, Events, Tier};
+use super::super::eviction::is_last_of_stride;
 use super::super::hash::{BlockHash, CheapMap};
 use super::super::pool::{NULL, Pool};
 use super::super::stats::TierStats;
@@ -32,8 +33,16 @@ impl DeviceTier {
         self.index[group].get(hash).copied().unwrap_or(NULL)
     }
 
-    /// Makes a block findable.
-    pub fn insert(&mut self, group: usize, hash: BlockHash, index: usize, id: BlockId) {
+    /// Makes a block findable that has been used `before` times, of a group that is `windowed` or not.
+    pub fn insert(
+        &mut self,
+        group: usize,
+        hash: BlockHash,
+        index: usize,
+        id: BlockId,
+        (before, windowed): (u8, bool),
+    ) {
+        self.pool.order.stored(id, before, windowed);
         let first = *self.index[group].entry(hash).or_insert(id);
         if first != id {
             let last = self.pool.block(first).twin_prev;
@@ -76,6 +85,9 @@ impl DeviceTier {
         let id = self.pool.take()?;
         let block = *self.pool.block(id);
         if block.cached {
+            if is_last_of_stride(block.index as usize) {
+                self.pool.order.evicted(id, block.hash.key(block.group as usize));
+            }
             self.remove(id);
             self.stats[block.group as usize].evicted_blocks += 1;
             let (group, index) = (block.group.into(), block.index);

@@ -2,7 +2,8 @@
 
 use hybridkv::error::{Error, Result};
 use hybridkv::manager::{
-    BreakerConfig, GroupConfig, HostConfig, ManagerConfig, Retention, StorageConfig, WritePolicy,
+    BreakerConfig, Eviction, GroupConfig, HostConfig, ManagerConfig, Retention, StorageConfig,
+    WritePolicy,
 };
 use hybridkv::spec::{AttentionKind, GroupKind, GroupPlan, LayerGroup, StateGroup};
 use serde::Deserialize;
@@ -36,6 +37,8 @@ pub struct Config {
     retention_slack: u32,
     #[serde(default)]
     chunked_retention: Chunks,
+    #[serde(default)]
+    eviction: Policy,
     #[serde(default)]
     in_flight_tokens: u32,
     max_model_len: Option<u32>,
@@ -71,6 +74,34 @@ enum Chunks {
     #[default]
     Dense,
     Sparse,
+}
+
+/// The eviction policy of the device pool, as the config names it.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Policy {
+    #[default]
+    Lru,
+    Fifo,
+    Lfu,
+    Slru,
+    Arc,
+    Priority,
+    Reuse,
+}
+
+impl From<Policy> for Eviction {
+    fn from(policy: Policy) -> Self {
+        match policy {
+            Policy::Lru => Self::Lru,
+            Policy::Fifo => Self::Fifo,
+            Policy::Lfu => Self::Lfu,
+            Policy::Slru => Self::Slru,
+            Policy::Arc => Self::Arc,
+            Policy::Priority => Self::Priority,
+            Policy::Reuse => Self::Reuse,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -177,6 +208,7 @@ impl Config {
                 slack: self.retention_slack,
                 dense_chunks: self.chunked_retention == Chunks::Dense,
             },
+            eviction: self.eviction.into(),
             max_model_len: self.max_model_len.unwrap_or(u32::MAX),
             in_flight_tokens: self.in_flight_tokens,
             host: self.host.as_ref().map(Host::config).transpose()?,
@@ -244,7 +276,7 @@ pub fn storage(num_slots: u32) -> StorageConfig {
 
 /// The fields in which the crate's defaults differ from replay's.
 pub fn crate_defaults() -> Value {
-    json!({ "retention_interval": 0, "retention_slack": 1, "chunked_retention": "sparse" })
+    json!({ "retention_interval": 0, "retention_slack": 1, "chunked_retention": "sparse", "eviction": "reuse" })
 }
 
 /// The groups of a model, as the field `groups`.

@@ -3,7 +3,7 @@
 use hybridkv::device::Device;
 use hybridkv::engine::{EngineConfig, FileStoreConfig, HostSize, SyncPolicy};
 use hybridkv::error::{Error, Result};
-use hybridkv::manager::{GroupConfig, HostConfig, ManagerConfig, Retention};
+use hybridkv::manager::{Eviction, GroupConfig, HostConfig, ManagerConfig, Retention};
 use hybridkv::spec::{AttentionKind, GroupPlan, LayerSpec, ModelSpec};
 
 use super::Args;
@@ -191,6 +191,7 @@ impl Setup {
             num_blocks: engine.num_blocks,
             prefix_caching: true,
             retention: Retention { interval: Some(0), slack: 1, dense_chunks: false },
+            eviction: Eviction::Reuse,
             max_model_len: u32::try_from(workload.longest()).unwrap_or(u32::MAX),
             in_flight_tokens: u32::try_from(STEPS_IN_FLIGHT * max_batch_tokens).unwrap_or(u32::MAX),
             host: (engine.num_slots > 0)

@@ -167,7 +167,7 @@ struct Problem {
     blocks: Vec<Vec<Option<usize>>>,
     q: Vec<u16>,
     pool: Elements,
-    /// Of K and of V; NaN where no visible token has them.
+    /// Of K and of V; those of tokens NaN where the token is not visible.
     scales: [Vec<f32>; 2],
     /// Of every query token, if the case has a tree.
     tree_mask: Vec<u32>,
@@ -197,7 +197,10 @@ impl Problem {
         let mut problem = Self {
             q: Vec::new(),
             pool: Elements::poisoned(case.kv_dtype(), plan.pool.elements),
-            scales: [0, 1].map(|_| vec![f32::NAN; plan.scales.1]),
+            scales: [0, 1].map(|_| match case.scales {
+                Some(Scales::Token) => vec![f32::NAN; plan.scales.1],
+                _ => (0..plan.scales.1).map(|_| 0.2 + 0.1 * rng.below(20) as f32).collect(),
+            }),
             tree_mask: Vec::new(),
             block_ids: Vec::new(),
             block_row: vec![i64::MAX / 2; GROUPS * seqs.len()],
@@ -276,8 +279,6 @@ impl Problem {
     fn fill_kv(&mut self, case: &Case, plan: &Plan, rng: &mut Rng, seq: usize, head: usize) {
         let dim = case.head_dim;
         let constant: Vec<f32> = rng.normals(dim).collect();
-        // Scales that tokens share fit all of them; per tensor, the first one drawn is everybody's.
-        let shared = [0, 1].map(|_| 0.2 + 0.1 * rng.below(20) as f32);
         for token in
             (0..self.needed[seq].len()).filter(|&t| self.needed[seq][t]).collect::<Vec<_>>()
         {
@@ -298,8 +299,6 @@ impl Problem {
                     let slot = &mut self.scales[half][index];
                     if case.scales == Some(Scales::Token) {
                         *slot = row.iter().fold(0f32, |max, x| max.max(x.abs())) / e4m3::MAX;
-                    } else if slot.is_nan() {
-                        *slot = shared[half];
                     }
                     *slot
                 });
