@@ -533,6 +533,21 @@ impl Manager {
         Ok(dependents)
     }
 
+    /// Gives everything that a sequence has cached up to now a priority of at least `priority` (0 at first; 31
+    /// and more are one), which [`Eviction::Priority`] goes by.
+    ///
+    /// # Errors
+    /// `UnknownSequence`.
+    pub fn prioritize(&mut self, seq: SeqId, priority: u8) -> Result<()> {
+        let Some(sequence) = self.sequences.get(&seq) else {
+            return Err(Error::new("prioritize", ErrorKind::UnknownSequence(seq)));
+        };
+        for &id in sequence.rows.iter().flat_map(|row| &row.table).filter(|&&id| id != NULL) {
+            self.device.pool.order.raise(id, priority);
+        }
+        Ok(())
+    }
+
     /// The live blocks of a sequence in a group.
     pub fn block_row(&self, seq: SeqId, group: usize) -> Result<BlockRow<'_>> {
         const OP: &str = "block row";

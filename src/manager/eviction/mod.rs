@@ -35,7 +35,7 @@ pub enum Eviction {
     /// Adaptive replacement: recency and frequency share the tier as the misses of either ask for
     /// (Megiddo and Modha, FAST 2003).
     Arc,
-    /// The one of the lowest priority of its requests, of those the least recently used.
+    /// The one of the lowest priority (see [`super::Manager::prioritize`]), of those the least recently used.
     Priority,
     /// The one of the least expected use: uses of blocks of the same kind, age and number of uses so far, as
     /// the recent past had them, per block and time until the use (docs/policies.md).
@@ -152,6 +152,12 @@ impl Order {
     pub fn hit(&mut self, id: u32) {
         let entry = &mut self.entries[id as usize];
         entry.uses = entry.uses.saturating_add(1);
+    }
+
+    /// What a block holds is of this priority at least.
+    pub fn raise(&mut self, id: u32, priority: u8) {
+        let entry = &mut self.entries[id as usize];
+        entry.priority = entry.priority.max(priority);
     }
 
     /// Whether a block stands in line.
