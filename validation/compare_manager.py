@@ -253,7 +253,8 @@ def run_child(*arguments):
 def as_vllm(options, mix, pool):
     """Hit tokens of our manager with vLLM's policies."""
     command = [str(options.hybridkv), "replay", "--trace", str(options.trace), "--pool-tokens", pool, "--json"]
-    done = subprocess.run(command + ["--groups", MIXES[mix]], stdout=subprocess.PIPE, check=True, text=True)
+    command += ["--groups", MIXES[mix], "--config", json.dumps({"retention_interval": 0})]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout)["hit_tokens"]
 
 
