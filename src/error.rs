@@ -147,6 +147,22 @@ pub enum ErrorKind {
         /// Blocks that could be taken.
         free: usize,
     },
+    /// The host tier cannot take what is to be swapped out; nothing was changed.
+    #[error("no host slots: {needed} needed, {free} free or evictable; nothing was changed")]
+    NoHostSlots {
+        /// Slots that are needed.
+        needed: usize,
+        /// Slots that could be taken.
+        free: usize,
+    },
+    /// A sequence whose transfers have to end first.
+    #[error("sequence {seq} waits for {transfers} transfer(s); try again once they have ended")]
+    NotReady {
+        /// The sequence.
+        seq: u64,
+        /// Transfers that have not ended.
+        transfers: usize,
+    },
     /// The request could never be served by this pool, however empty.
     #[error(
         "a request of {tokens} tokens can need {needed} blocks, the pool has {capacity}; give more memory or lower max_model_len"

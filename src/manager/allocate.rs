@@ -91,7 +91,7 @@ impl Manager {
 
     /// Refuses a name that is taken.
     pub(super) fn check_name(&self, op: &'static str, seq: SeqId) -> Result<()> {
-        match self.sequences.contains_key(&seq) {
+        match self.sequences.contains_key(&seq) || self.preempted.contains_key(&seq) {
             true => Err(Error::new(op, ErrorKind::DuplicateSequence(seq))),
             false => Ok(()),
         }
@@ -130,7 +130,7 @@ impl Manager {
     }
 
     /// Makes a sequence of what was found and of new blocks for the rest of its tokens.
-    fn place(
+    pub(super) fn place(
         &mut self,
         op: &'static str,
         seq: SeqId,
@@ -335,7 +335,7 @@ impl Manager {
 }
 
 /// Whether `needed` blocks can be taken for a sequence of `tokens` that then holds `held`.
-fn check_room(
+pub(super) fn check_room(
     op: &'static str,
     pool: &Pool,
     stats: &mut Stats,

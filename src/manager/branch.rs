@@ -33,7 +33,7 @@ pub struct Cut {
 
 /// What becomes of the cached blocks of tokens that are cut off.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Cached {
+pub(super) enum Cached {
     /// What was computed stays findable.
     Stays,
     /// They were never there.
@@ -128,7 +128,13 @@ impl Manager {
         self.cut("rollback", seq, tokens, Cached::Goes)
     }
 
-    fn cut(&mut self, op: &'static str, seq: SeqId, tokens: usize, cached: Cached) -> Result<Cut> {
+    pub(super) fn cut(
+        &mut self,
+        op: &'static str,
+        seq: SeqId,
+        tokens: usize,
+        cached: Cached,
+    ) -> Result<Cut> {
         let Some(sequence) = self.sequences.get_mut(&seq) else {
             return Err(Error::new(op, ErrorKind::UnknownSequence(seq)));
         };

@@ -155,6 +155,19 @@ impl HashedTokens {
         }
     }
 
+    /// A key for block `index` of one sequence alone: its generation is no other's, and no tokens hash to
+    /// it.
+    pub(super) fn private(&self, generation: u64, index: usize) -> BlockHash {
+        let mut key = [0; 32];
+        key[..16].copy_from_slice(&self.seed.0);
+        // Chained hashes are keyed with zeros in this half.
+        key[16..].copy_from_slice(b"private to a seq");
+        let mut name = [0; 16];
+        name[..8].copy_from_slice(&generation.to_le_bytes());
+        name[8..].copy_from_slice(&(index as u64).to_le_bytes());
+        BlockHash::cut(blake3::keyed_hash(&key, &name))
+    }
+
     /// Takes back all but the first `n` tokens; none when there are fewer.
     pub fn truncate(&mut self, n: usize) {
         let n = n.min(self.num_tokens);

@@ -18,6 +18,7 @@ mod hash;
 mod inspect;
 mod offload;
 mod pool;
+mod preempt;
 mod prefetch;
 mod prefix;
 mod prometheus;
@@ -37,6 +38,7 @@ pub use self::branch::{BlockCopy, Cut};
 pub use self::events::{Event, EventKind, Tier};
 pub use self::eviction::Eviction;
 pub use self::hash::{BlockHash, HashedTokens};
+pub use self::preempt::Preemption;
 pub use self::prefetch::Prefetch;
 pub use self::ranks::{Rank, RankSet, Report};
 pub use self::states::StateStep;
@@ -47,12 +49,13 @@ pub use self::tiers::{
 };
 pub use self::transfer::{Direction, Path, Place, Transfer};
 
-use self::allocate::cache;
+use self::allocate::{cache, check_room};
 use self::events::Events;
 use self::groups::Group;
 use self::hash::CheapMap;
 use self::offload::{offer, vouch};
 use self::pool::{Block, NULL, Pool};
+use self::preempt::Preempted;
 use self::prefetch::Prefetches;
 use self::retention::{Boundaries, Policy};
 use self::sequence::{Inherited, Row, Sequence};
@@ -280,6 +283,7 @@ pub struct Manager {
     /// Nanoseconds, as last told.
     now: u64,
     sequences: CheapMap<SeqId, Sequence>,
+    preempted: CheapMap<SeqId, Preempted>,
     generation: u64,
     flights: Flights,
     copies: VecDeque<BlockCopy>,
@@ -357,6 +361,7 @@ impl Manager {
             told: VecDeque::new(),
             now: 0,
             sequences: CheapMap::default(),
+            preempted: CheapMap::default(),
             generation: 0,
             flights: Flights::default(),
             copies: VecDeque::new(),
@@ -453,6 +458,9 @@ impl Manager {
     /// Ends a sequence; its cached blocks stay findable until they are reused. All its tokens count as
     /// submitted: one whose work will not be done is to be aborted instead.
     pub fn free(&mut self, seq: SeqId) -> Result<()> {
+        if self.drop_preempted(seq) {
+            return Ok(());
+        }
         let Some(mut sequence) = self.sequences.remove(&seq) else {
             return Err(Error::new("free", ErrorKind::UnknownSequence(seq)));
         };
@@ -482,6 +490,10 @@ impl Manager {
     /// any more. Gives the other sequences that hit such blocks or were
     /// forked from such tokens: what they computed from them is void, so they are to be aborted, too.
     pub fn abort(&mut self, seq: SeqId) -> Result<Vec<SeqId>> {
+        // A preempted sequence has no steps that could fail.
+        if self.drop_preempted(seq) {
+            return Ok(Vec::new());
+        }
         let Some(sequence) = self.sequences.get(&seq) else {
             return Err(Error::new("abort", ErrorKind::UnknownSequence(seq)));
         };

@@ -4,6 +4,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashSet, VecDeque};
 
 use super::events::{EventKind, Tier};
+use super::groups::align_down;
 use super::hash::BlockHash;
 use super::pool::NULL;
 use super::prefix::fixed_point;
@@ -318,7 +319,15 @@ impl Manager {
         else {
             return;
         };
-        if succeeded {
+        // What a preempted sequence kept for itself nobody else finds, and it is needed no longer.
+        let private = load.hash == sequence.tokens.private(load.generation, load.index);
+        if private
+            && let Some(host) = &mut self.host
+            && let Some(slot) = host.slot_of(load.group, &load.hash)
+        {
+            host.discard(slot, &mut self.events);
+        }
+        if succeeded && !private {
             let windowed = !self.groups[load.group].is_full();
             self.device.insert(load.group, load.hash, load.index, load.block, (1, windowed));
             let host = self.host.as_ref();
@@ -326,7 +335,7 @@ impl Manager {
             self.device.pool.block_mut(load.block).settled = settled;
             let (group, index) = (load.group as u32, load.index as u32);
             self.events.push(EventKind::Stored, group, Tier::Device, index, load.hash);
-        } else {
+        } else if !succeeded {
             sequence.lost.push((load.group, load.index));
         }
         sequence.loading -= 1;
@@ -357,10 +366,12 @@ impl Manager {
         let Self { groups, policy, device, sequences, events, .. } = self;
         let sequence = sequences.get_mut(&seq)?;
         let hit = sequence.computed;
+        // A resumed sequence can have computed part of a block.
+        let whole_hit = align_down(hit, policy.alignment);
         let lost: HashSet<(usize, usize)> = sequence.lost.drain(..).collect();
         let whole =
             |g: usize, b: usize| sequence.rows[g].table[b] != NULL && !lost.contains(&(g, b));
-        let valid = fixed_point(groups.iter().enumerate(), hit, policy.alignment, whole);
+        let valid = fixed_point(groups.iter().enumerate(), whole_hit, policy.alignment, whole);
 
         // Whatever lies between is written again, so it must be ours alone: found blocks are given back.
         let own = |pool: &Pool, id: BlockId| {

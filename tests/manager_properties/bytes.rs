@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
+use hybridkv::ErrorKind;
 use hybridkv::manager::{
     Completion, ExtraKeys, HostConfig, Manager, ManagerConfig, Outcome, Path, Place, StorageConfig,
     Transfer, WritePolicy,
@@ -32,6 +33,10 @@ struct Sequence {
     tokens: Vec<u32>,
     /// Tokens whose steps cannot fail any more, settled or not: another sequence's, or known to have ended.
     finished: usize,
+    /// Whether it is swapped out.
+    swapped: bool,
+    /// Its work is submitted behind that of those that found their blocks before it did.
+    turn: u64,
     computed: usize,
     settled: usize,
     ready: bool,
@@ -52,6 +57,7 @@ struct World {
     sequences: BTreeMap<u64, Sequence>,
     flying: Vec<Transfer>,
     next: u64,
+    turns: u64,
 }
 
 impl World {
@@ -67,6 +73,7 @@ impl World {
             sequences: BTreeMap::new(),
             flying: Vec::new(),
             next: 0,
+            turns: 0,
             config,
         }
     }
@@ -162,6 +169,8 @@ impl World {
         let sequence = Sequence {
             tokens: prompt[..given.num_tokens].to_vec(),
             finished: 0,
+            swapped: false,
+            turn: self.turn(),
             computed: given.hit_tokens,
             settled: given.hit_tokens,
             ready: given.loads.is_empty(),
@@ -202,7 +211,9 @@ impl World {
     fn step(&mut self) -> Result<(), TestCaseError> {
         self.copy();
         let Self { m, config, device, sequences, .. } = self;
-        for (&seq, sequence) in sequences {
+        let mut order: Vec<(&u64, &mut Sequence)> = sequences.iter_mut().collect();
+        order.sort_by_key(|(_, sequence)| sequence.turn);
+        for (&seq, sequence) in order {
             if !sequence.ready {
                 continue;
             }
@@ -243,7 +254,7 @@ impl World {
         let mut failed = vec![seq];
         while let Some(seq) = failed.pop() {
             let Some(sequence) = self.sequences.remove(&seq) else { continue };
-            for (g, group) in self.config.groups.iter().enumerate() {
+            for (g, group) in self.config.groups.iter().enumerate().filter(|_| !sequence.swapped) {
                 let (size, table) = (group.block_size as usize, self.m.table(seq, g).unwrap());
                 for i in sequence.settled.max(sequence.finished)..sequence.computed {
                     self.device[table[i / size] as usize][i % size] = None;
@@ -253,7 +264,13 @@ impl World {
         }
     }
 
+    fn turn(&mut self) -> u64 {
+        self.turns += 1;
+        self.turns
+    }
+
     fn fork(&mut self, parent: u64) {
+        let turn = self.turn();
         let sequence = &self.sequences[&parent];
         let shared = match self.m.fork(parent, self.next) {
             Ok(shared) => shared,
@@ -263,10 +280,63 @@ impl World {
             }
         };
         assert_eq!(shared, sequence.computed);
-        let mut child = Sequence { steps: VecDeque::new(), finished: shared, ..sequence.clone() };
+        let mut child =
+            Sequence { steps: VecDeque::new(), finished: shared, turn, ..sequence.clone() };
         child.tokens.truncate(shared);
         self.sequences.insert(self.next, child);
         self.next += 1;
+    }
+
+    /// Swaps a sequence out, once its steps have ended.
+    fn preempt(&mut self, seq: u64) -> Result<(), TestCaseError> {
+        while self.sequences.get(&seq).is_some_and(|sequence| !sequence.steps.is_empty()) {
+            self.settle(seq)?;
+        }
+        let Some(sequence) = self.sequences.get_mut(&seq) else { return Ok(()) };
+        if sequence.ready && sequence.settled < sequence.computed {
+            self.m.advance(seq, sequence.computed, sequence.computed).unwrap();
+            sequence.settled = sequence.computed;
+        }
+        match self.m.preempt(seq) {
+            Ok(given) => {
+                prop_assert_eq!(given.tokens, sequence.computed);
+                sequence.tokens.truncate(given.tokens);
+                (sequence.swapped, sequence.ready) = (true, false);
+                for seq in given.dependents {
+                    self.abort(seq);
+                }
+            }
+            Err(err) => {
+                let full = matches!(err.kind(), ErrorKind::NoHostSlots { .. });
+                let detached = err.to_string().contains("no host tier");
+                let refused = full || detached || !sequence.ready || sequence.computed == 0;
+                prop_assert!(refused, "{}", err);
+            }
+        }
+        self.start_transfers();
+        Ok(())
+    }
+
+    fn resume(&mut self, seq: u64) -> Result<(), TestCaseError> {
+        let turn = self.turn();
+        let sequence = self.sequences.get_mut(&seq).unwrap();
+        match self.m.resume(seq) {
+            Ok(given) => {
+                prop_assert!(sequence.swapped && given.hit_tokens <= sequence.computed);
+                (sequence.swapped, sequence.ready) = (false, given.loads.is_empty());
+                (sequence.computed, sequence.settled) = (given.hit_tokens, given.hit_tokens);
+                (sequence.finished, sequence.turn) = (given.hit_tokens, turn);
+            }
+            Err(err) => {
+                let later = matches!(
+                    err.kind(),
+                    ErrorKind::NotReady { .. } | ErrorKind::NoFreeBlocks { .. }
+                );
+                prop_assert!(later || !sequence.swapped, "{}", err);
+            }
+        }
+        self.start_transfers();
+        Ok(())
     }
 
     /// Cuts a sequence back to its first `n` tokens, once its steps have ended.
@@ -316,7 +386,7 @@ impl World {
         self.hear_all();
         self.start_transfers();
         let mut counts = BTreeMap::new();
-        for &seq in self.sequences.keys() {
+        for (&seq, _) in self.sequences.iter().filter(|(_, s)| !s.swapped) {
             for g in 0..self.config.groups.len() {
                 for &id in self.m.table(seq, g).unwrap().iter().filter(|&&id| id != 0) {
                     *counts.entry(id).or_insert(0) += 1;
@@ -339,8 +409,10 @@ impl World {
         let usage = self.m.usage();
         prop_assert!(usage.host_used <= usage.host_capacity);
         let slots: BTreeSet<u32> = self.flying.iter().map(|t| t.path.slot()).collect();
-        let prefetched = usage.host_pinned - slots.len();
-        prop_assert!(prefetched == 0 || self.prefetched, "pinned for nothing");
+        let kept = usage.host_pinned - slots.len();
+        let swapped = self.sequences.values().any(|sequence| sequence.swapped);
+        prop_assert_eq!(self.m.preempted() > 0, swapped);
+        prop_assert!(kept == 0 || self.prefetched || swapped, "pinned for nothing");
         prop_assert!(usage.storage_used <= usage.storage_capacity);
         Ok(())
     }
@@ -379,6 +451,12 @@ enum Op {
     },
     CompleteAll {
         failures: u8,
+    },
+    Preempt {
+        at: usize,
+    },
+    Resume {
+        at: usize,
     },
     Fork {
         at: usize,
@@ -428,6 +506,8 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(at, fails)| Op::Complete { at, fails }),
         2 => failures.clone().prop_map(|failures| Op::CompleteAll { failures }),
         4 => (0usize..8).prop_map(|at| Op::Fork { at }),
+        3 => (0usize..8).prop_map(|at| Op::Preempt { at }),
+        4 => (0usize..8).prop_map(|at| Op::Resume { at }),
         4 => (0usize..8, 0usize..9, any::<bool>())
             .prop_map(|(at, part, rollback)| Op::Cut { at, part, rollback }),
         4 => (0usize..8).prop_map(|at| Op::Free { at }),
@@ -500,6 +580,16 @@ proptest! {
                     }
                 }
                 Op::CompleteAll { failures } => world.complete_all(failures),
+                Op::Preempt { at } => {
+                    if let Some(seq) = seq(at) {
+                        world.preempt(seq)?;
+                    }
+                }
+                Op::Resume { at } => {
+                    if let Some(seq) = seq(at) {
+                        world.resume(seq)?;
+                    }
+                }
                 Op::Fork { at } => {
                     if let Some(seq) = seq(at) {
                         world.fork(seq);
@@ -533,7 +623,8 @@ proptest! {
                     if let Some(seq) = seq(at)
                         && group < world.config.groups.len()
                     {
-                        world.m.forget(seq, group, index).unwrap();
+                        let swapped = world.sequences[&seq].swapped;
+                        prop_assert_eq!(world.m.forget(seq, group, index).is_err(), swapped);
                     }
                 }
                 Op::Reset => {

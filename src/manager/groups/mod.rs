@@ -52,6 +52,13 @@ impl Group {
         (0..self.sink_blocks.min(first).min(end)).chain(first..end)
     }
 
+    /// Blocks that a sequence which has computed `n` tokens goes on with, the last one perhaps partly filled,
+    /// ascending.
+    pub fn held(&self, n: usize) -> impl Iterator<Item = usize> + use<> {
+        let (first, end) = (self.first_needed(n), n.div_ceil(self.block_size));
+        (0..self.sink_blocks.min(first).min(end)).chain(first..end)
+    }
+
     /// Whether every block of a prefix is needed.
     pub fn is_full(&self) -> bool {
         self.kind == GroupKind::Attention(AttentionKind::Full)

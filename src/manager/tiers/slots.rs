@@ -101,6 +101,21 @@ impl SlotTier {
         (self.slot(slot).state == State::Resident).then_some(slot)
     }
 
+    /// The slot that holds or receives a block.
+    pub fn slot_of(&self, group: usize, hash: &BlockHash) -> Option<u32> {
+        self.index[group].get(hash).copied()
+    }
+
+    /// Blocks that could be stored now.
+    pub fn room(&self) -> usize {
+        self.free.len() + self.evictable
+    }
+
+    /// Whether a transfer writes the slot.
+    pub fn is_writing(&self, slot: u32) -> bool {
+        self.slot(slot).state == State::Writing
+    }
+
     /// Whether the tier has a block or is receiving it.
     pub fn holds(&self, group: usize, hash: &BlockHash) -> bool {
         self.index[group].contains_key(hash)
