@@ -1,11 +1,16 @@
-//! Random histories. `oracle` predicts the manager's every answer from the definitions alone, on the device
-//! tier; `bytes` gives the blocks contents and moves them, so that whatever is lost, overwritten or mixed up
-//! on its way between tiers shows as a wrong token.
+//! Random histories. `oracle` predicts the manager's every answer, the order of reuse included, from the
+//! definitions alone, on the device tier; `machine` puts a world around it, in which blocks have contents that
+//! move between device and host, steps and transfers end in any order and fail, and checks every invariant after
+//! each of a million operations; `bytes` moves contents through all tiers.
 
 #[path = "manager_properties/bytes.rs"]
 mod bytes;
+#[path = "manager_properties/machine.rs"]
+mod machine;
 #[path = "manager_properties/oracle.rs"]
 mod oracle;
+#[path = "manager_properties/prefixes.rs"]
+mod prefixes;
 
 use hybridkv::manager::{Eviction, GroupConfig, ManagerConfig, Retention};
 use hybridkv::spec::{AttentionKind, GroupKind};
@@ -44,7 +49,7 @@ fn groups() -> impl Strategy<Value = Vec<GroupConfig>> {
         2 => (1u32..14).prop_map(|chunk| AttentionKind::Chunked { chunk }),
     ];
     let sinks = prop_oneof![3 => Just(0u32), 1 => 1u32..7];
-    let group = (kind, sinks, prop_oneof![Just(2u32), Just(4)]).prop_map(
+    let group = (kind, sinks, prop_oneof![3 => Just(2u32), 1 => Just(3), 3 => Just(4)]).prop_map(
         |(kind, sink_tokens, block_size)| GroupConfig {
             kind: kind.into(),
             sink_tokens,
@@ -54,35 +59,46 @@ fn groups() -> impl Strategy<Value = Vec<GroupConfig>> {
     prop::collection::vec(group, 1..4)
 }
 
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
 fn alignment(groups: &[GroupConfig]) -> usize {
-    groups.iter().map(|group| group.block_size).max().unwrap() as usize
+    groups.iter().map(|group| group.block_size as usize).fold(1, |a, b| a / gcd(a, b) * b)
+}
+
+fn retention(groups: &[GroupConfig]) -> impl Strategy<Value = Retention> + use<> {
+    let alignment = alignment(groups) as u32;
+    let interval = prop_oneof![Just(None), Just(Some(0u32)), (1u32..4).prop_map(Some)];
+    (interval, 0u32..3, any::<bool>()).prop_map(move |(interval, slack, dense_chunks)| Retention {
+        interval: interval.map(|k| k * alignment),
+        slack,
+        dense_chunks,
+    })
 }
 
 fn config() -> impl Strategy<Value = ManagerConfig> {
-    let interval = prop_oneof![Just(None), Just(Some(0u32)), (1u32..4).prop_map(Some)];
-    (groups(), interval, 0u32..3, any::<bool>(), 20u32..60).prop_map(
-        |(groups, interval, slack, dense_chunks, num_blocks)| ManagerConfig {
-            retention: Retention {
-                interval: interval.map(|k| k * alignment(&groups) as u32),
-                slack,
-                dense_chunks,
-            },
+    (groups(), 20u32..60).prop_flat_map(|(groups, num_blocks)| {
+        retention(&groups).prop_map(move |retention| ManagerConfig {
+            retention,
             eviction: Eviction::Lru,
             max_model_len: 1 + (num_blocks - 8) / groups.len() as u32,
-            groups,
+            groups: groups.clone(),
             num_blocks,
             prefix_caching: true,
             in_flight_tokens: 1 << 20,
             host: None,
             identity: [9; 32],
-        },
-    )
+        })
+    })
 }
+
+const LONGEST_PROMPT: usize = 48;
 
 /// Prompts over few tokens, so that prefixes are shared.
 fn prompt() -> impl Strategy<Value = Vec<u32>> {
     prop_oneof![
-        3 => (0u32..3, 1usize..48).prop_map(|(word, n)| vec![word; n]),
+        3 => (0u32..3, 1..LONGEST_PROMPT).prop_map(|(word, n)| vec![word; n]),
         2 => (0u32..3, 1usize..30, 0u32..3, 1usize..10).prop_map(|(a, n, b, k)| {
             [vec![a; n], vec![b; k]].concat()
         }),

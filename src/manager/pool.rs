@@ -95,6 +95,12 @@ impl Pool {
         block.users > 1 || block.cached || block.pins > 0
     }
 
+    /// Whether `id` becomes available when its one user gives it back.
+    pub fn frees(&self, id: BlockId) -> bool {
+        let block = self.block(id);
+        block.users == 1 && block.pins == 0
+    }
+
     /// Available blocks in the order of their reuse.
     pub fn queue(&self) -> impl Iterator<Item = BlockId> + '_ {
         self.order.iter().filter(|&id| self.is_available(id))

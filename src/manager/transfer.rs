@@ -384,7 +384,7 @@ impl Manager {
             for &id in &row.table[valid / group.block_size..hit / group.block_size] {
                 if !own(&device.pool, id) {
                     fresh += usize::from(attends(group));
-                    returned += usize::from(id != NULL && device.pool.block(id).users == 1);
+                    returned += usize::from(id != NULL && device.pool.frees(id));
                 }
             }
         }
