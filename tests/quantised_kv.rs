@@ -18,9 +18,9 @@ const SCALE: f32 = 0.125;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Scales {
-    PerTensor,
-    PerHead,
-    PerToken,
+    Tensor,
+    Head,
+    Token,
 }
 
 #[derive(Debug, Clone)]
@@ -41,7 +41,7 @@ struct Case {
 
 fn cases() -> impl Strategy<Value = Case> {
     let dtype = prop::sample::select(vec![Dtype::Bf16, Dtype::F16]);
-    let scales = prop::sample::select(vec![Scales::PerTensor, Scales::PerHead, Scales::PerToken]);
+    let scales = prop::sample::select(vec![Scales::Tensor, Scales::Head, Scales::Token]);
     let block_size = prop::sample::select(vec![8usize, 16, 64]);
     let shape = (1usize..4, 1usize..6, block_size, 1usize..200, 1usize..5);
     (dtype, scales, shape, any::<Option<u32>>(), -6i32..7, any::<u64>()).prop_map(
@@ -114,9 +114,9 @@ impl Case {
         let spread = 2f32.powi(self.magnitude) / 200.0;
         let given: Vec<f32> = (0..2 * self.kv_heads).map(|i| spread * (1.0 + i as f32)).collect();
         let given_scales = device.upload(&given).unwrap();
-        if self.scales != Scales::PerToken {
+        if self.scales != Scales::Token {
             let half = 4 * self.kv_heads as u64;
-            let head = i64::from(self.scales == Scales::PerHead);
+            let head = i64::from(self.scales == Scales::Head);
             view.scales = Some(KvScales {
                 k: given_scales.span(),
                 v: Span::new(given_scales.address() + half, half),
@@ -165,9 +165,9 @@ impl Case {
                 let (elements, scale) = at(half, key, head);
                 let elements = &bytes[elements..elements + DIM];
                 let scale = match self.scales {
-                    Scales::PerTensor => given[half * self.kv_heads],
-                    Scales::PerHead => given[half * self.kv_heads + head],
-                    Scales::PerToken => {
+                    Scales::Tensor => given[half * self.kv_heads],
+                    Scales::Head => given[half * self.kv_heads + head],
+                    Scales::Token => {
                         let largest = exact.iter().fold(0.0, |max: f64, x| max.max(x.abs()));
                         let scale = f32::from_le_bytes(bytes[scale..scale + 4].try_into().unwrap());
                         assert_eq!(

@@ -424,7 +424,7 @@ impl Host {
         let room = missing <= self.tier.capacity() - self.tier.pinned();
         let mut slots = Vec::new();
         for &key in keys.iter().filter(|_| room) {
-            match self.tier.reserve((0, hash(key)), key, &mut self.events) {
+            match self.tier.reserve((0, hash(key)), key, NULL, &mut self.events) {
                 Reserved::New(slot) => slots.push((key, slot)),
                 Reserved::Held => {}
                 Reserved::Full => panic!("there was room"),

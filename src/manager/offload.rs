@@ -52,7 +52,8 @@ pub(super) fn offer(
             let hash = sequence.tokens.hashes()[groups[g].key_index(b)];
             let room = flights.in_flight(Direction::Offload) < config.max_offloads as usize
                 && host.lets_through();
-            match if room { host.reserve((g, hash), b as u32, events) } else { Reserved::Full } {
+            match if room { host.reserve((g, hash), b as u32, id, events) } else { Reserved::Full }
+            {
                 Reserved::Held => {}
                 Reserved::New(slot) => {
                     host.started();
@@ -67,7 +68,7 @@ pub(super) fn offer(
                 }
             }
             if settled {
-                to_persist.extend(host.settle(g, &hash));
+                to_persist.extend(host.settle(g, &hash, id));
             }
             row.stored.push(b as u32);
             stored += 1;
@@ -92,7 +93,7 @@ pub(super) fn vouch(
             let block = device.pool.block_mut(row.table[b]);
             if block.cached {
                 block.settled = true;
-                to_persist.extend(host.settle(g, &block.hash));
+                to_persist.extend(host.settle(g, &block.hash, row.table[b]));
             }
         }
         row.settled = row.settled.max(end);
@@ -142,7 +143,7 @@ impl Manager {
                 continue;
             }
             let reserved = match host.lets_through() {
-                true => host.reserve(key, block.index, events),
+                true => host.reserve(key, block.index, id, events),
                 false => Reserved::Full,
             };
             match reserved {
@@ -151,7 +152,7 @@ impl Manager {
                 Reserved::New(slot) => {
                     host.started();
                     if block.settled {
-                        host.settle(key.0, &key.1);
+                        host.settle(key.0, &key.1, id);
                     }
                     device.pool.pin(id);
                     flights.start(

@@ -273,14 +273,14 @@ impl Manager {
             } else if busy || !storage.lets_through() {
                 return;
             } else {
-                match host.reserve(key, waiter.index() as u32, &mut self.events) {
+                match host.reserve(key, waiter.index() as u32, NULL, &mut self.events) {
                     // Found above.
                     Reserved::Held => return,
                     Reserved::New(slot) => {
                         queue.pop_front();
                         // Its pin goes on as the transfer's.
                         storage.started();
-                        host.settle(key.0, &key.1);
+                        host.settle(key.0, &key.1, NULL);
                         self.flights.start(
                             Path::Fetch { from, to: slot },
                             key,
@@ -314,7 +314,7 @@ impl Manager {
             && let Some(slot) = self.to_persist.pop_front()
         {
             let Some((group, hash, index)) = host.to_persist(slot) else { continue };
-            match storage.reserve((group, hash), index, &mut self.events) {
+            match storage.reserve((group, hash), index, NULL, &mut self.events) {
                 Reserved::Held => {}
                 Reserved::New(to) => {
                     host.pin(slot);

@@ -3,8 +3,10 @@
 
 use super::breaker::{Breaker, BreakerConfig};
 use super::device::Index;
+use crate::manager::BlockId;
 use crate::manager::events::{EventKind, Events, Tier};
 use crate::manager::hash::BlockHash;
+use crate::manager::pool::NULL;
 use crate::manager::queue::IndexQueue;
 use crate::manager::stats::TierStats;
 
@@ -25,7 +27,9 @@ struct Slot {
     index: u32,
     group: u16,
     state: State,
-    /// Whether the work that wrote the block is known to have ended well.
+    /// Device block that it was written from; [`NULL`] when it came from elsewhere.
+    source: BlockId,
+    /// Whether the work that wrote the source is known to have ended well.
     settled: bool,
     /// Transfers in flight from or to the slot.
     pins: u32,
@@ -65,6 +69,7 @@ impl SlotTier {
             index: 0,
             group: 0,
             state: State::Free,
+            source: NULL,
             settled: false,
             pins: 0,
         };
@@ -153,10 +158,14 @@ impl SlotTier {
         self.free.retain(|&slot| slots[slot as usize].state == State::Free);
     }
 
-    /// Marks a block that the tier has or receives as settled; its slot when it is there and was not yet.
-    pub fn settle(&mut self, group: usize, hash: &BlockHash) -> Option<u32> {
+    /// Marks what the tier has or receives from `source` as settled; its slot when it is there and was not yet.
+    /// What came from an equal block is not vouched for: the work that writes that one can still fail.
+    pub fn settle(&mut self, group: usize, hash: &BlockHash, source: BlockId) -> Option<u32> {
         let slot = *self.index[group].get(hash)?;
         let entry = &mut self.slots[slot as usize];
+        if entry.source != source {
+            return None;
+        }
         let first = !std::mem::replace(&mut entry.settled, true);
         (first && entry.state == State::Resident).then_some(slot)
     }
@@ -192,12 +201,14 @@ impl SlotTier {
         self.breaker.ended(succeeded, self.now);
     }
 
-    /// Reserves a slot for a block that the tier lacks, evicting another one for it; nothing is changed when
+    /// Reserves a slot for a block that the tier lacks, to be written from the device block `source` ([`NULL`]:
+    /// from elsewhere), evicting another one for it; nothing is changed when
     /// that cannot be (R6).
     pub fn reserve(
         &mut self,
         (group, hash): (usize, BlockHash),
         index: u32,
+        source: BlockId,
         events: &mut Events,
     ) -> Reserved {
         if let Some(&slot) = self.index[group].get(&hash) {
@@ -212,6 +223,7 @@ impl SlotTier {
             index,
             group: group as u16,
             state: State::Writing,
+            source,
             settled: false,
             pins: 1,
         };
