@@ -111,7 +111,7 @@ fn every_write_policy_and_a_storage_tier_serve_verified_blocks() {
         ("selective", &["--fault", "corrupt:persist:30", "--fault", "short:fetch:20"][..]),
         ("back", &["--fault", "fail:fetch:3", "--fault", "corrupt:fetch:5"][..]),
     ] {
-        let small = ["--device-mem", "1MiB", "--host-ratio", "1", "--verify", "1"];
+        let small = ["--device-mem", "1MiB", "--host-ratio", "0.5", "--verify", "1"];
         let args = ["--requests", "80", "--write", write];
         let (code, figures) = figures(write, &[&small[..], &args, &storage, faults].concat());
         assert_verified(code, &figures);
