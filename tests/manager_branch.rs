@@ -296,3 +296,25 @@ proptest! {
         prop_assert!(matches!(asked.unwrap_err().kind(), ErrorKind::UnknownSequence(99)));
     }
 }
+
+#[test]
+fn nothing_is_copied_out_of_hit_blocks_before_a_step_of_ones_own() {
+    let mut m = manager(40);
+    // The second sequence hits what the first has yet to compute.
+    m.allocate(1, &[7; 9], KEYS, 0).unwrap();
+    assert_eq!(m.allocate(2, &[7; 9], KEYS, 0).unwrap().hit_tokens, 8);
+    let before = state(&m, &[1, 2]);
+    let refused = |error: hybridkv::Error| matches!(error.kind(), ErrorKind::InvalidArgument(_));
+    assert!(refused(m.preempt(2).unwrap_err()), "an offload would store what is not written");
+    assert!(refused(m.trim(2, 6).unwrap_err()), "a copy of the tail would be of nothing");
+    assert!(refused(m.rollback(2, 7).unwrap_err()));
+    assert_eq!(state(&m, &[1, 2]), before);
+    assert!(m.next_transfer().is_none());
+
+    for seq in [1, 2] {
+        m.advance(seq, 9, 8).unwrap();
+    }
+    drain(&mut m);
+    m.trim(2, 6).unwrap();
+    m.preempt(2).unwrap();
+}

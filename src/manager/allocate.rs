@@ -233,6 +233,7 @@ impl Manager {
             loading: loads.len(),
             lost: Vec::new(),
             repaired: false,
+            begun: false,
         };
         let Self { groups, policy, device, copies, events, .. } = self;
         let grower = Grower { groups, policy, device, copies, events };

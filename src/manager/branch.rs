@@ -88,6 +88,7 @@ impl Manager {
             rows,
             computed: shared,
             settled: of.settled,
+            begun: of.begun,
             boundaries: of.boundaries,
             generation: self.generation,
             inherited: Some(Inherited { from: of.generation, tokens: shared }),
@@ -101,7 +102,9 @@ impl Manager {
     }
 
     /// The next block to copy, in order; `None` when there is none. Copies are to be taken and executed
-    /// before the next step and before the next transfer: no transfer is given out while there are any.
+    /// before the next step and before the next transfer: no transfer is given out while there are any. What a
+    /// sequence left for its copy is reused like the blocks of a freed one: by work that is ordered behind the
+    /// steps in flight.
     pub fn next_copy(&mut self) -> Option<BlockCopy> {
         self.copies.pop_front()
     }
@@ -110,8 +113,8 @@ impl Manager {
     /// must have ended well, stays findable as long as its blocks are not reused.
     ///
     /// # Errors
-    /// `UnknownSequence`; `InvalidArgument` for no tokens, more than there are, or a sequence that waits for
-    /// loads; `OutOfWindow` when a windowed group has freed what the cut sequence would see, or a state group
+    /// `UnknownSequence`; `InvalidArgument` for no tokens, more than there are, a sequence that waits for
+    /// loads, or an end inside of a block that was hit before a step of the sequence has been submitted; `OutOfWindow` when a windowed group has freed what the cut sequence would see, or a state group
     /// keeps no state of just these tokens (of computed ones it does at a checkpoint only: draft on a fork);
     /// nothing is changed.
     pub fn trim(&mut self, seq: SeqId, tokens: usize) -> Result<Cut> {
@@ -144,6 +147,16 @@ impl Manager {
             return Err(Error::invalid(
                 op,
                 format!("{tokens} of the {len} tokens of sequence {seq}; wanted are 1 to {len}"),
+            ));
+        }
+        let inside = |group: &Group| !tokens.is_multiple_of(group.block_size);
+        if !sequence.begun && tokens < sequence.computed && self.groups.iter().any(inside) {
+            return Err(Error::invalid(
+                op,
+                format!(
+                    "{tokens} tokens end inside of a block that sequence {seq} hit and that may not be written \
+                     yet: cut at a block edge, or after its first step"
+                ),
             ));
         }
         for (g, (group, row)) in self.groups.iter().zip(&sequence.rows).enumerate() {

@@ -423,6 +423,7 @@ impl Manager {
             ));
         }
         check_loaded(OP, seq, sequence)?;
+        sequence.begun |= computed > sequence.computed;
         sequence.computed = computed;
         sequence.settled = settled;
         self.events.seal();

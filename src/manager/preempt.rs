@@ -50,7 +50,7 @@ impl Manager {
     ///
     /// # Errors
     /// `UnknownSequence`; `InvalidArgument` without a host tier, for a sequence that waits for loads, has
-    /// steps in flight or has computed nothing; `NoHostSlots` when the host cannot take it: it may be freed and allocated again
+    /// steps in flight or has submitted no step of its own; `NoHostSlots` when the host cannot take it: it may be freed and allocated again
     /// instead. Nothing is changed.
     pub fn preempt(&mut self, seq: SeqId) -> Result<Preemption> {
         const OP: &str = "preempt";
@@ -63,6 +63,12 @@ impl Manager {
             return Err(Error::invalid(
                 OP,
                 format!("sequence {seq} has computed nothing: free it"),
+            ));
+        }
+        if !sequence.begun {
+            return Err(Error::invalid(
+                OP,
+                format!("sequence {seq} has computed nothing besides what it hit: free it"),
             ));
         }
         if sequence.settled < computed {
@@ -233,6 +239,7 @@ impl Manager {
             loading: ids.len(),
             lost: Vec::new(),
             repaired: false,
+            begun: false,
         };
         let Self { groups, policy, device, copies, events, .. } = self;
         for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {

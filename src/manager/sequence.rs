@@ -48,6 +48,9 @@ pub(super) struct Sequence {
     pub computed: usize,
     /// Tokens whose computation has finished.
     pub settled: usize,
+    /// Whether a step of its own has been submitted. Until then the blocks that it hit may not be written yet,
+    /// and nothing may be copied out of them.
+    pub begun: bool,
     pub rows: Vec<Row>,
     pub boundaries: Boundaries,
     /// Tells it from earlier sequences of the same name.

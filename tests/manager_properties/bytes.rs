@@ -37,6 +37,8 @@ struct Sequence {
     swapped: bool,
     /// Its work is submitted behind that of those that found their blocks before it did.
     turn: u64,
+    /// Whether a step of its own has been submitted.
+    begun: bool,
     computed: usize,
     settled: usize,
     ready: bool,
@@ -171,6 +173,7 @@ impl World {
             finished: 0,
             swapped: false,
             turn: self.turn(),
+            begun: false,
             computed: given.hit_tokens,
             settled: given.hit_tokens,
             ready: given.loads.is_empty(),
@@ -207,6 +210,30 @@ impl World {
         Ok(())
     }
 
+    /// Gives a sequence tokens. A block that it leaves for a copy may be written by steps that are submitted from
+    /// now on, as those of a freed sequence may: what its steps in flight read there is looked at now.
+    fn append(&mut self, seq: u64, tokens: Vec<u32>) -> Result<(), TestCaseError> {
+        let table = |m: &Manager, g| m.table(seq, g).map(<[u32]>::to_vec).unwrap_or_default();
+        let groups = 0..self.config.groups.len();
+        let before: Vec<Vec<u32>> = groups.clone().map(|g| table(&self.m, g)).collect();
+        if self.m.append(seq, &tokens).is_err() {
+            return Ok(());
+        }
+        let mut left = BTreeSet::new();
+        for g in groups {
+            let after = table(&self.m, g);
+            left.extend(before[g].iter().zip(&after).filter(|(a, b)| a != b).map(|(&id, _)| id));
+        }
+        let sequence = self.sequences.get_mut(&seq).unwrap();
+        sequence.tokens.extend(tokens);
+        for (_, reads) in &mut sequence.steps {
+            let (gone, still) = reads.drain(..).partition(|read| left.contains(&read.0));
+            *reads = still;
+            check(&self.device, &gone)?;
+        }
+        Ok(())
+    }
+
     /// Submits one step of everything that is ready: all tokens that are not computed yet.
     fn step(&mut self) -> Result<(), TestCaseError> {
         self.copy();
@@ -230,6 +257,7 @@ impl World {
                 }
             }
             check(device, &reads)?;
+            sequence.begun |= sequence.computed < sequence.tokens.len();
             sequence.computed = sequence.tokens.len();
             sequence.steps.push_back((sequence.computed, reads));
             m.advance(seq, sequence.computed, sequence.settled).unwrap();
@@ -309,7 +337,7 @@ impl World {
             Err(err) => {
                 let full = matches!(err.kind(), ErrorKind::NoHostSlots { .. });
                 let detached = err.to_string().contains("no host tier");
-                let refused = full || detached || !sequence.ready || sequence.computed == 0;
+                let refused = full || detached || !sequence.ready || !sequence.begun;
                 prop_assert!(refused, "{}", err);
             }
         }
@@ -326,6 +354,7 @@ impl World {
                 (sequence.swapped, sequence.ready) = (false, given.loads.is_empty());
                 (sequence.computed, sequence.settled) = (given.hit_tokens, given.hit_tokens);
                 (sequence.finished, sequence.turn) = (given.hit_tokens, turn);
+                sequence.begun = false;
             }
             Err(err) => {
                 let later = matches!(
@@ -353,7 +382,8 @@ impl World {
         let sequence = self.sequences.get_mut(&seq).unwrap();
         let Ok(given) = given else {
             // Nothing that is not settled has been freed.
-            assert!(!sequence.ready || n == 0 || n < sequence.settled);
+            let unwritten = !sequence.begun && n < sequence.computed;
+            assert!(!sequence.ready || n == 0 || n < sequence.settled || unwritten);
             return Ok(());
         };
         sequence.tokens.truncate(n);
@@ -489,8 +519,7 @@ enum Op {
     DetachHost,
 }
 
-/// `cuts`: with trims and rollbacks; steps in their place otherwise.
-fn op(cuts: bool) -> impl Strategy<Value = Op> {
+fn op() -> impl Strategy<Value = Op> {
     let budget = prop_oneof![2 => Just(1000usize), 1 => 1usize..12];
     let failures = prop_oneof![2 => Just(0u8), 1 => any::<u8>()];
     prop_oneof![
@@ -510,10 +539,7 @@ fn op(cuts: bool) -> impl Strategy<Value = Op> {
         3 => (0usize..8).prop_map(|at| Op::Preempt { at }),
         4 => (0usize..8).prop_map(|at| Op::Resume { at }),
         4 => (0usize..8, 0usize..9, any::<bool>())
-            .prop_map(move |(at, part, rollback)| match cuts {
-                true => Op::Cut { at, part, rollback },
-                false => Op::Step,
-            }),
+            .prop_map(|(at, part, rollback)| Op::Cut { at, part, rollback }),
         4 => (0usize..8).prop_map(|at| Op::Free { at }),
         1 => (0usize..8).prop_map(|at| Op::Abort { at }),
         8 => Just(Op::Flood),
@@ -550,8 +576,8 @@ fn tiers() -> impl Strategy<Value = Tiers> {
     )
 }
 
-fn history(cuts: bool) -> impl Strategy<Value = Vec<Op>> {
-    prop::collection::vec(op(cuts), 1..120)
+fn history() -> impl Strategy<Value = Vec<Op>> {
+    prop::collection::vec(op(), 1..120)
 }
 
 fn run(config: ManagerConfig, tiers: Tiers, ops: Vec<Op>) -> Result<(), TestCaseError> {
@@ -576,10 +602,8 @@ fn run(config: ManagerConfig, tiers: Tiers, ops: Vec<Op>) -> Result<(), TestCase
             Op::Allocate { prompt, budget } => world.allocate(&prompt, budget),
             Op::Serve { prompt, failures } => world.serve(&prompt, failures)?,
             Op::Append { at, tokens } => {
-                if let Some(seq) = seq(at)
-                    && world.m.append(seq, &tokens).is_ok()
-                {
-                    world.sequences.get_mut(&seq).unwrap().tokens.extend(tokens);
+                if let Some(seq) = seq(at) {
+                    world.append(seq, tokens)?;
                 }
             }
             Op::Step => world.step()?,
@@ -698,17 +722,7 @@ proptest! {
     fn every_visible_key_is_its_own_through_tiers_failures_and_delays(
         config in config(),
         tiers in tiers(),
-        ops in history(false),
-    ) {
-        run(config, tiers, ops)?;
-    }
-
-    #[test]
-    #[ignore = "about one history in a thousand reads a key that is not its own after a cut; not mended yet"]
-    fn every_visible_key_is_its_own_through_cuts_too(
-        config in config(),
-        tiers in tiers(),
-        ops in history(true),
+        ops in history(),
     ) {
         run(config, tiers, ops)?;
     }
