@@ -1,34 +1,23 @@
 //! The safety rules that are the manager's to keep, each with the history that breaks without it.
 
+#[path = "common/manager.rs"]
+mod common;
+
+use common::{FULL, KEYS};
 use hybridkv::manager::{
-    BlockHash, Completion, Direction, EventKind, Eviction, ExtraKeys, GroupConfig, HashedTokens,
-    HostConfig, Manager, ManagerConfig, Outcome, Retention, Tier, Transfer,
+    BlockHash, Completion, Direction, EventKind, HashedTokens, HostConfig, Manager, Outcome, Tier,
+    Transfer,
 };
 use hybridkv::spec::AttentionKind;
 use hybridkv::{ErrorKind, Result};
-
-const KEYS: ExtraKeys<'static> = ExtraKeys { salt: "", lora: "" };
-const FULL: AttentionKind = AttentionKind::Full;
 
 fn sliding(window: u32) -> AttentionKind {
     AttentionKind::Sliding { window }
 }
 
-/// A manager with blocks of 16 tokens and dense retention.
 fn manager(kinds: &[AttentionKind], num_blocks: u32, host_slots: u32) -> Manager {
-    let group = |&kind| GroupConfig::new(kind, 16);
-    Manager::new(ManagerConfig {
-        groups: kinds.iter().map(group).collect(),
-        num_blocks,
-        prefix_caching: true,
-        retention: Retention { interval: None, slack: 0, dense_chunks: true },
-        eviction: Eviction::Lru,
-        max_model_len: (num_blocks - 1) / kinds.len() as u32 * 16,
-        in_flight_tokens: 1 << 20,
-        host: (host_slots > 0).then_some(HostConfig::new(host_slots)),
-        identity: [1; 32],
-    })
-    .unwrap()
+    let host = (host_slots > 0).then(|| HostConfig::new(host_slots));
+    common::manager(kinds, num_blocks, host)
 }
 
 fn tokens(start: u32, n: u32) -> Vec<u32> {

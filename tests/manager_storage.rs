@@ -1,33 +1,21 @@
 //! The storage tier: what goes down to it, what comes back and when, prefetching, and tiers that fail, come and
 //! go.
 
+#[path = "common/manager.rs"]
+mod common;
+
+use common::{FULL, KEYS};
 use hybridkv::manager::{
-    BreakerConfig, BreakerState, Completion, CostModel, Direction, Eviction, ExtraKeys,
-    GroupConfig, HostConfig, Manager, ManagerConfig, Outcome, PrefetchPolicy, Retention,
-    StorageConfig, StoredBlock, Tier, Transfer, WritePolicy,
+    BreakerConfig, BreakerState, Completion, CostModel, Direction, HostConfig, Manager, Outcome,
+    PrefetchPolicy, StorageConfig, StoredBlock, Tier, Transfer, WritePolicy,
 };
 use hybridkv::spec::AttentionKind;
 use hybridkv::{Error, ErrorKind};
 
-const KEYS: ExtraKeys<'static> = ExtraKeys { salt: "", lora: "" };
-const FULL: AttentionKind = AttentionKind::Full;
 const SECOND: u64 = 1_000_000_000;
 
-/// A manager with blocks of 16 tokens, dense retention, and a write-through host.
 fn manager(kinds: &[AttentionKind], num_blocks: u32, host: HostConfig) -> Manager {
-    let group = |&kind| GroupConfig::new(kind, 16);
-    Manager::new(ManagerConfig {
-        groups: kinds.iter().map(group).collect(),
-        num_blocks,
-        prefix_caching: true,
-        retention: Retention { interval: None, slack: 0, dense_chunks: true },
-        eviction: Eviction::Lru,
-        max_model_len: (num_blocks - 1) / kinds.len() as u32 * 16,
-        in_flight_tokens: 1 << 20,
-        host: Some(host),
-        identity: [1; 32],
-    })
-    .unwrap()
+    common::manager(kinds, num_blocks, Some(host))
 }
 
 fn with_storage(num_blocks: u32, host_slots: u32, config: StorageConfig) -> Manager {

@@ -1,34 +1,19 @@
 //! When blocks go down to the lower tiers, and what that keeps.
 
-use hybridkv::manager::{
-    Direction, Eviction, ExtraKeys, GroupConfig, HostConfig, Manager, ManagerConfig, Outcome,
-    Retention, Transfer, WritePolicy,
-};
+#[path = "common/manager.rs"]
+mod common;
+
+use common::{FULL, KEYS};
+use hybridkv::manager::{Direction, HostConfig, Manager, Outcome, Transfer, WritePolicy};
 use hybridkv::spec::AttentionKind;
 use hybridkv::{ErrorKind, Result};
-
-const KEYS: ExtraKeys<'static> = ExtraKeys { salt: "", lora: "" };
-const FULL: AttentionKind = AttentionKind::Full;
 
 fn sliding(window: u32) -> AttentionKind {
     AttentionKind::Sliding { window }
 }
 
-/// A manager with blocks of 16 tokens and dense retention.
 fn manager(kinds: &[AttentionKind], num_blocks: u32, host: HostConfig) -> Manager {
-    let group = |&kind| GroupConfig::new(kind, 16);
-    Manager::new(ManagerConfig {
-        groups: kinds.iter().map(group).collect(),
-        num_blocks,
-        prefix_caching: true,
-        retention: Retention { interval: None, slack: 0, dense_chunks: true },
-        eviction: Eviction::Lru,
-        max_model_len: (num_blocks - 1) / kinds.len() as u32 * 16,
-        in_flight_tokens: 1 << 20,
-        host: Some(host),
-        identity: [1; 32],
-    })
-    .unwrap()
+    common::manager(kinds, num_blocks, Some(host))
 }
 
 fn write_back(num_blocks: u32, num_slots: u32) -> Manager {

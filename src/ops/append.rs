@@ -133,17 +133,7 @@ impl AppendArgs {
     /// Checks everything the host can see.
     fn check(&self) -> Result<()> {
         let shape = &self.kv.shape;
-        if !matches!(self.dtype, Dtype::Bf16 | Dtype::F16) {
-            return Err(Error::unsupported(OP, "dtype", self.dtype.name(), "bf16, f16"));
-        }
-        if ![self.dtype, Dtype::E4m3].contains(&shape.dtype) {
-            return Err(Error::unsupported(
-                OP,
-                "KV dtype",
-                shape.dtype.name(),
-                format!("with {0} tokens {0}, e4m3", self.dtype.name()),
-            ));
-        }
+        checks::dtypes(OP, "tokens", self.dtype, shape.dtype)?;
         if shape.num_kv_heads == 0 || shape.head_dim == 0 || !shape.head_dim.is_multiple_of(8) {
             return Err(Error::unsupported(
                 OP,

@@ -447,17 +447,7 @@ impl AttentionArgs {
     /// Checks what chooses the kernel and sizes the workspace.
     fn check_shape(&self) -> Result<()> {
         let shape = &self.kv.shape;
-        if !DTYPES.contains(&self.dtype) {
-            return Err(Error::unsupported(OP, "dtype", self.dtype.name(), "bf16, f16"));
-        }
-        if ![self.dtype, Dtype::E4m3].contains(&shape.dtype) {
-            return Err(Error::unsupported(
-                OP,
-                "KV dtype",
-                shape.dtype.name(),
-                format!("with {0} queries {0}, e4m3", self.dtype.name()),
-            ));
-        }
+        checks::dtypes(OP, "queries", self.dtype, shape.dtype)?;
         if self.tree_mask.is_some() && self.max_q_len > MAX_TREE_TOKENS {
             return Err(Error::unsupported(
                 OP,

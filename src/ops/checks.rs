@@ -10,7 +10,19 @@ use super::{AppendArgs, AttentionArgs, Kernels, MoveArgs};
 use crate::abi::{self, hkv_copy, hkv_window};
 use crate::device::{Span, StreamRef};
 use crate::error::{Error, Result};
-use crate::layout::KvView;
+use crate::layout::{Dtype, KvView};
+
+/// Checks the element types of new `what` (queries, tokens) and of the keys and values they go with.
+pub(super) fn dtypes(op: &'static str, what: &str, dtype: Dtype, kv: Dtype) -> Result<()> {
+    if !matches!(dtype, Dtype::Bf16 | Dtype::F16) {
+        return Err(Error::unsupported(op, "dtype", dtype.name(), "bf16, f16"));
+    }
+    if ![dtype, Dtype::E4m3].contains(&kv) {
+        let supported = format!("with {0} {what} {0}, e4m3", dtype.name());
+        return Err(Error::unsupported(op, "KV dtype", kv.name(), supported));
+    }
+    Ok(())
+}
 
 impl Kernels {
     /// The same kernels in checking mode: every launcher waits for its stream, downloads the tables that

@@ -1,10 +1,13 @@
-//! Eviction: the order in which blocks without a user give way, as one small interface for every tier.
+//! Eviction: the order in which blocks without a user give way. The device pool goes by it; the host and storage
+//! tiers are LRU (tiers/slots.rs).
 //!
 //! A tier tells its [`Order`] what happens to its blocks; the order answers which one is reused next. Blocks
-//! that hold nothing stand in front of all others, then those that were demoted (findable, but no retained
-//! boundary needs them), then the rest, as the tier's [`Policy`] ranks them. Sequences are released end
-//! first, and within one list the first to come is the first to go, so heads outlive tails. Every
-//! operation takes constant time, amortised, and none allocates.
+//! that hold nothing stand in front of all others, then the rest, as the tier's [`Policy`] ranks them.
+//! Sequences are released end first, and within one list the first to come is the first to go, so heads
+//! outlive tails. Every operation takes constant time, amortised; none allocates, but that [`Reuse`] builds a
+//! small table each time it learns.
+//!
+//! [`Reuse`]: Eviction::Reuse
 
 mod arc;
 mod fifo;
@@ -18,10 +21,13 @@ mod slru;
 #[cfg(test)]
 mod tests;
 
+use serde::Deserialize;
+
 use self::lists::Lists;
 
 /// Which cached block gives way first when a tier is full.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Eviction {
     /// The least recently used one.

@@ -37,8 +37,8 @@ pub struct Config {
     retention_slack: u32,
     #[serde(default)]
     chunked_retention: Chunks,
-    #[serde(default)]
-    eviction: Policy,
+    #[serde(default = "lru")]
+    eviction: Eviction,
     #[serde(default)]
     in_flight_tokens: u32,
     max_model_len: Option<u32>,
@@ -74,34 +74,6 @@ enum Chunks {
     #[default]
     Dense,
     Sparse,
-}
-
-/// The eviction policy of the device pool, as the config names it.
-#[derive(Debug, Clone, Copy, Default, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Policy {
-    #[default]
-    Lru,
-    Fifo,
-    Lfu,
-    Slru,
-    Arc,
-    Priority,
-    Reuse,
-}
-
-impl From<Policy> for Eviction {
-    fn from(policy: Policy) -> Self {
-        match policy {
-            Policy::Lru => Self::Lru,
-            Policy::Fifo => Self::Fifo,
-            Policy::Lfu => Self::Lfu,
-            Policy::Slru => Self::Slru,
-            Policy::Arc => Self::Arc,
-            Policy::Priority => Self::Priority,
-            Policy::Reuse => Self::Reuse,
-        }
-    }
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -142,6 +114,10 @@ enum Write {
     Selective,
     #[serde(rename = "write_back")]
     Back,
+}
+
+fn lru() -> Eviction {
+    Eviction::Lru
 }
 
 fn yes() -> bool {
@@ -208,7 +184,7 @@ impl Config {
                 slack: self.retention_slack,
                 dense_chunks: self.chunked_retention == Chunks::Dense,
             },
-            eviction: self.eviction.into(),
+            eviction: self.eviction,
             max_model_len: self.max_model_len.unwrap_or(u32::MAX),
             in_flight_tokens: self.in_flight_tokens,
             host: self.host.as_ref().map(Host::config).transpose()?,

@@ -1,0 +1,26 @@
+//! Managers of the tests of single rules.
+
+use hybridkv::manager::{
+    Eviction, ExtraKeys, GroupConfig, HostConfig, Manager, ManagerConfig, Retention,
+};
+use hybridkv::spec::AttentionKind;
+
+pub const KEYS: ExtraKeys<'static> = ExtraKeys { salt: "", lora: "" };
+pub const FULL: AttentionKind = AttentionKind::Full;
+
+/// A manager with blocks of 16 tokens, dense retention and LRU.
+pub fn manager(kinds: &[AttentionKind], num_blocks: u32, host: Option<HostConfig>) -> Manager {
+    let group = |&kind| GroupConfig::new(kind, 16);
+    Manager::new(ManagerConfig {
+        groups: kinds.iter().map(group).collect(),
+        num_blocks,
+        prefix_caching: true,
+        retention: Retention { interval: None, slack: 0, dense_chunks: true },
+        eviction: Eviction::Lru,
+        max_model_len: (num_blocks - 1) / kinds.len() as u32 * 16,
+        in_flight_tokens: 1 << 20,
+        host,
+        identity: [1; 32],
+    })
+    .unwrap()
+}
