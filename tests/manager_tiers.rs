@@ -66,6 +66,23 @@ fn selective_writes_store_what_is_used_again() {
 }
 
 #[test]
+fn write_back_ends_when_the_host_is_smaller_than_what_is_evicted() {
+    let mut m = write_back(13, 2);
+    for seq in 0..3 {
+        compute(&mut m, seq, &tokens(1000 * seq as u32, 64)).unwrap();
+    }
+    // All twelve blocks are evicted at once; the host takes each of them once and keeps the last two.
+    let mut stored = 0;
+    let tries = (0..100).find(|_| {
+        let given = m.allocate(9, &tokens(9000, 192), KEYS, 0).is_ok();
+        stored += complete_all(&mut m, Outcome::Succeeded).len();
+        given
+    });
+    assert!(tries.is_some(), "blocks are stored again and again");
+    assert!(stored <= 12, "{stored} stores of 12 blocks");
+}
+
+#[test]
 fn write_back_stores_a_block_before_its_memory_is_used_again() {
     let mut m = write_back(5, 16);
     let prompt = tokens(0, 64);

@@ -131,7 +131,8 @@ impl Manager {
             .enumerate()
             .filter(|&(_, id)| {
                 let block = device.pool.block(id);
-                block.cached && !host.holds(block.group as usize, &block.hash)
+                let group = block.group as usize;
+                block.cached && !block.written_back && !host.holds(group, &block.hash)
             })
             .collect();
         let (mut waiting, mut dropped) = (0, 0);
@@ -154,6 +155,7 @@ impl Manager {
                     if block.settled {
                         host.settle(key.0, &key.1, id);
                     }
+                    device.pool.block_mut(id).written_back = true;
                     device.pool.pin(id);
                     flights.start(
                         Path::Offload { from: id, to: slot },

@@ -30,6 +30,9 @@ pub(super) struct Block {
     pub uses: u8,
     /// Whether the work that wrote it is known to have ended well.
     pub settled: bool,
+    /// Whether write-back has stored it since its last use. A host that has let go of it by now is not asked again:
+    /// what is to be evicted together can be more than the host has room for.
+    pub written_back: bool,
     /// Transfers in flight from or to the block.
     pins: u32,
 }
@@ -58,6 +61,7 @@ impl Pool {
                 cached: false,
                 uses: 0,
                 settled: false,
+                written_back: false,
                 pins: 0,
             })
             .collect();
@@ -127,6 +131,7 @@ impl Pool {
         let block = &mut self.blocks[id as usize];
         block.users += 1;
         if block.users == 1 {
+            block.written_back = false;
             self.available -= usize::from(block.pins == 0);
             self.order.leave(id);
         }

@@ -53,7 +53,7 @@ impl DeviceTier {
         }
         let block = self.pool.block_mut(id);
         (block.hash, block.index, block.cached, block.uses) = (hash, index as u32, true, 0);
-        block.settled = false;
+        (block.settled, block.written_back) = (false, false);
         let stats = &mut self.stats[group];
         stats.stored_blocks += 1;
         stats.cached_blocks += 1;
