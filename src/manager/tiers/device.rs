@@ -1,36 +1,41 @@
-//! The device tier: the pool and, per layer group, the index from hash to block.
+//! The device tier: the pool and the index from keys to its blocks.
 
 use super::super::BlockId;
 use super::super::events::{EventKind, Events, Tier};
 use super::super::eviction::is_last_of_stride;
-use super::super::hash::{BlockHash, CheapMap};
+use super::super::hash::BlockHash;
 use super::super::pool::{NULL, Pool};
 use super::super::stats::TierStats;
-
-/// From hash to something, for one layer group: the key of a cached block is its hash and its group.
-pub(super) type Index<V> = CheapMap<BlockHash, V>;
+use super::index::{Index, Tag};
 
 /// Pool and prefix index.
 pub(in super::super) struct DeviceTier {
     pub pool: Pool,
-    /// Per group: the block that was cached first under each hash. Later equal blocks follow it in its
-    /// ring of twins and take its place when it goes.
-    index: Vec<Index<BlockId>>,
+    /// The block that was cached first under each key. Later equal blocks follow it in its ring of twins and
+    /// take its place when it goes.
+    index: Index,
     pub stats: Vec<TierStats>,
 }
 
 impl DeviceTier {
     pub fn new(pool: Pool, num_groups: usize) -> Self {
         Self {
+            index: Index::new(pool.len() as u32),
             pool,
-            index: vec![Index::default(); num_groups],
             stats: vec![TierStats::default(); num_groups],
         }
     }
 
     /// The block that serves hits on this hash; [`NULL`] when there is none.
     pub fn find(&self, group: usize, hash: &BlockHash) -> BlockId {
-        self.index[group].get(hash).copied().unwrap_or(NULL)
+        self.find_tagged(Tag::new(group, hash), group, hash).unwrap_or(NULL)
+    }
+
+    fn find_tagged(&self, tag: Tag, group: usize, hash: &BlockHash) -> Option<BlockId> {
+        self.index.find(tag, |id| {
+            let block = self.pool.block(id);
+            block.hash == *hash && block.group as usize == group
+        })
     }
 
     /// Makes a block findable that has been used `before` times, of a group that is `windowed` or not.
@@ -43,13 +48,10 @@ impl DeviceTier {
         (before, windowed): (u8, bool),
     ) {
         self.pool.order.stored(id, before, windowed);
-        let first = *self.index[group].entry(hash).or_insert(id);
-        if first != id {
-            let last = self.pool.block(first).twin_prev;
-            self.pool.block_mut(last).twin_next = id;
-            self.pool.block_mut(first).twin_prev = id;
-            let block = self.pool.block_mut(id);
-            (block.twin_prev, block.twin_next) = (last, first);
+        let tag = Tag::new(group, &hash);
+        match self.find_tagged(tag, group, &hash) {
+            None => self.index.insert(tag, id),
+            Some(first) => self.join(first, id),
         }
         let block = self.pool.block_mut(id);
         (block.hash, block.index, block.cached, block.uses) = (hash, index as u32, true, 0);
@@ -57,6 +59,15 @@ impl DeviceTier {
         let stats = &mut self.stats[group];
         stats.stored_blocks += 1;
         stats.cached_blocks += 1;
+    }
+
+    /// Puts a block into the ring of the equal ones, the latest.
+    fn join(&mut self, first: BlockId, id: BlockId) {
+        let last = self.pool.block(first).twin_prev;
+        self.pool.block_mut(last).twin_next = id;
+        self.pool.block_mut(first).twin_prev = id;
+        let block = self.pool.block_mut(id);
+        (block.twin_prev, block.twin_next) = (last, first);
     }
 
     /// Makes a cached block unfindable; equal ones stay.
@@ -67,17 +78,15 @@ impl DeviceTier {
         (block.twin_prev, block.twin_next) = (id, id);
         block.cached = false;
         self.stats[group].cached_blocks -= 1;
+        let tag = Tag::new(group, &hash);
         if next == id {
-            self.index[group].remove(&hash);
+            self.index.remove(tag, id);
             return;
         }
         self.pool.block_mut(prev).twin_next = next;
         self.pool.block_mut(next).twin_prev = prev;
-        if let Some(first) = self.index[group].get_mut(&hash)
-            && *first == id
-        {
-            *first = next;
-        }
+        // If it was the first of them, the next one is.
+        self.index.replace(tag, id, next);
     }
 
     /// Takes the next block of the pool for one user of a group, dropping what it cached.
@@ -99,9 +108,7 @@ impl DeviceTier {
 
     /// Drops every hash; the order of the free queue stays.
     pub fn clear(&mut self) {
-        for index in &mut self.index {
-            index.clear();
-        }
+        self.index.clear();
         for id in 1..self.pool.len() as BlockId {
             let block = self.pool.block_mut(id);
             block.cached = false;

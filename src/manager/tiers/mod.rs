@@ -4,6 +4,7 @@ mod breaker;
 mod config;
 mod cost;
 pub(super) mod device;
+mod index;
 pub(super) mod slots;
 
 pub use self::breaker::{BreakerConfig, BreakerState};

@@ -2,7 +2,7 @@
 //! recently used first; of one sequence the end before the start).
 
 use super::breaker::{Breaker, BreakerConfig};
-use super::device::Index;
+use super::index::{Index, Tag};
 use crate::manager::BlockId;
 use crate::manager::events::{EventKind, Events, Tier};
 use crate::manager::hash::BlockHash;
@@ -50,7 +50,7 @@ pub(in super::super) enum Reserved {
 pub(in super::super) struct SlotTier {
     tier: Tier,
     slots: Vec<Slot>,
-    index: Vec<Index<u32>>,
+    index: Index,
     free: Vec<u32>,
     /// Slots that hold or receive a block, as indices `slot + 1`, the next to go first. One that was in
     /// use when its turn came stands outside and comes back to the front.
@@ -76,7 +76,7 @@ impl SlotTier {
         Self {
             tier,
             slots: vec![slot; num_slots as usize],
-            index: vec![Index::default(); num_groups],
+            index: Index::new(num_slots),
             free: (0..num_slots).rev().collect(),
             order: IndexQueue::new(num_slots + 1),
             evictable: 0,
@@ -102,13 +102,16 @@ impl SlotTier {
 
     /// The slot that holds a block whole.
     pub fn find(&self, group: usize, hash: &BlockHash) -> Option<u32> {
-        let slot = *self.index[group].get(hash)?;
+        let slot = self.slot_of(group, hash)?;
         (self.slot(slot).state == State::Resident).then_some(slot)
     }
 
     /// The slot that holds or receives a block.
     pub fn slot_of(&self, group: usize, hash: &BlockHash) -> Option<u32> {
-        self.index[group].get(hash).copied()
+        self.index.find(Tag::new(group, hash), |slot| {
+            let slot = self.slot(slot);
+            slot.hash == *hash && slot.group as usize == group
+        })
     }
 
     /// Blocks that could be stored now.
@@ -123,12 +126,12 @@ impl SlotTier {
 
     /// Whether the tier has a block or is receiving it.
     pub fn holds(&self, group: usize, hash: &BlockHash) -> bool {
-        self.index[group].contains_key(hash)
+        self.slot_of(group, hash).is_some()
     }
 
     /// The slot that is receiving a block.
     pub fn receiving(&self, group: usize, hash: &BlockHash) -> Option<u32> {
-        let slot = *self.index[group].get(hash)?;
+        let slot = self.slot_of(group, hash)?;
         (self.slot(slot).state == State::Writing).then_some(slot)
     }
 
@@ -142,7 +145,7 @@ impl SlotTier {
         // Adopting is rare and slots are many: the list of free ones is put right by who takes from it.
         let entry = &mut self.slots[slot as usize];
         *entry = Slot { hash, group: group as u16, state: State::Resident, ..*entry };
-        self.index[group].insert(hash, slot);
+        self.index.insert(Tag::new(group, &hash), slot);
         self.order.push_back(slot + 1);
         self.evictable += 1;
         let stats = &mut self.stats[group];
@@ -161,7 +164,7 @@ impl SlotTier {
     /// Marks what the tier has or receives from `source` as settled; its slot when it is there and was not yet.
     /// What came from an equal block is not vouched for: the work that writes that one can still fail.
     pub fn settle(&mut self, group: usize, hash: &BlockHash, source: BlockId) -> Option<u32> {
-        let slot = *self.index[group].get(hash)?;
+        let slot = self.slot_of(group, hash)?;
         let entry = &mut self.slots[slot as usize];
         if entry.source != source {
             return None;
@@ -211,7 +214,7 @@ impl SlotTier {
         source: BlockId,
         events: &mut Events,
     ) -> Reserved {
-        if let Some(&slot) = self.index[group].get(&hash) {
+        if let Some(slot) = self.slot_of(group, &hash) {
             self.touch(slot);
             return Reserved::Held;
         }
@@ -227,7 +230,7 @@ impl SlotTier {
             settled: false,
             pins: 1,
         };
-        self.index[group].insert(hash, slot);
+        self.index.insert(Tag::new(group, &hash), slot);
         self.order.push_back(slot + 1);
         Reserved::New(slot)
     }
@@ -267,7 +270,7 @@ impl SlotTier {
         }
         // Said of a failed store, too: who was told of the transfer learns how it ended.
         events.push(EventKind::Removed, group.into(), self.tier, index, hash);
-        self.index[group as usize].remove(&hash);
+        self.index.remove(Tag::new(group.into(), &hash), slot);
         if self.order.contains(slot + 1) {
             self.order.remove(slot + 1);
         }
@@ -278,7 +281,7 @@ impl SlotTier {
     /// Forgets the block of this hash, arrived or on its way, unless it is settled: then it is of other work than
     /// that which failed.
     pub fn disown(&mut self, group: usize, hash: &BlockHash, events: &mut Events) {
-        if let Some(&slot) = self.index[group].get(hash)
+        if let Some(slot) = self.slot_of(group, hash)
             && !self.slot(slot).settled
         {
             self.discard(slot, events);
@@ -321,7 +324,7 @@ impl SlotTier {
         for slot in 0..self.slots.len() as u32 {
             self.discard(slot, &mut Events::default());
         }
-        for group in 0..self.index.len() as u32 {
+        for group in 0..self.stats.len() as u32 {
             events.cleared(group, self.tier);
         }
     }
@@ -348,7 +351,7 @@ impl SlotTier {
             let Slot { hash, group, index, state, pins, .. } = *self.slot(slot);
             if state == State::Resident && pins == 0 {
                 self.evictable -= 1;
-                self.index[group as usize].remove(&hash);
+                self.index.remove(Tag::new(group.into(), &hash), slot);
                 let stats = &mut self.stats[group as usize];
                 stats.cached_blocks -= 1;
                 stats.evicted_blocks += 1;
