@@ -65,7 +65,8 @@ impl Manager {
         hashed
     }
 
-    /// [`Self::lookup`] with hashes from [`Self::hash`].
+    /// [`Self::lookup`] with hashes from [`Self::hash`]. Tokens that were hashed under another identity or unit hit
+    /// nothing.
     pub fn lookup_hashed(&self, tokens: &HashedTokens) -> Hit {
         let Found { tokens, device_tokens, host_tokens, rows: blocks, .. } =
             self.search(tokens, tokens.len(), true);
@@ -75,7 +76,7 @@ impl Manager {
     /// [`Self::allocate`] with hashes from [`Self::hash`].
     ///
     /// # Errors
-    /// Those of [`Self::allocate`].
+    /// Those of [`Self::allocate`]; `InvalidArgument` for tokens that were hashed under another identity or unit.
     pub fn allocate_hashed(
         &mut self,
         seq: SeqId,
@@ -84,6 +85,7 @@ impl Manager {
     ) -> Result<Allocation> {
         const OP: &str = "allocate";
         self.check_new(OP, seq, tokens.len())?;
+        self.check_hashed(OP, &tokens)?;
         let prompt = tokens.len();
         let found = self.search(&tokens, prompt, self.uses_storage(seq));
         self.place(OP, seq, tokens, prompt, found, lookahead)
@@ -106,6 +108,20 @@ impl Manager {
         check_length(op, tokens, self.config.max_model_len as usize)
     }
 
+    /// Refuses tokens that were hashed for another manager: their hashes name none of its blocks.
+    pub(super) fn check_hashed(&self, op: &'static str, tokens: &HashedTokens) -> Result<()> {
+        match tokens.are_of(&self.config.identity, self.hash_block) {
+            true => Ok(()),
+            false => Err(Error::invalid(
+                op,
+                format!(
+                    "tokens that were hashed under another identity, or not in units of {}: use Manager::hash",
+                    self.hash_block
+                ),
+            )),
+        }
+    }
+
     /// Whether a sequence of this name looks into storage: one that was prefetched takes what has arrived.
     fn uses_storage(&self, seq: SeqId) -> bool {
         !self.prefetches.contains(seq)
@@ -115,6 +131,8 @@ impl Manager {
     pub(super) fn search(&self, tokens: &HashedTokens, prompt: usize, storage: bool) -> Found {
         let host = self.host.as_ref().filter(|host| host.breaker.is_closed());
         let threshold = self.config.host.map_or(0, |host| host.load_back_threshold as usize);
+        let own = tokens.are_of(&self.config.identity, self.hash_block);
+        let hashes = if own { tokens.hashes() } else { &[] };
         let search = Search {
             groups: &self.groups,
             alignment: self.policy.alignment,
@@ -123,10 +141,10 @@ impl Manager {
             // What comes from storage comes through the host.
             storage: host.and(self.storage.as_ref()).filter(|s| storage && s.breaker.is_closed()),
             worth: Worth { threshold, cost: self.cost.as_ref(), prompt },
-            hashes: tokens.hashes(),
+            hashes,
         };
         // The last token is always computed: its output is wanted.
-        search.run((tokens.hashes().len() * self.hash_block).min(tokens.len().saturating_sub(1)))
+        search.run((hashes.len() * self.hash_block).min(tokens.len().saturating_sub(1)))
     }
 
     /// Makes a sequence of what was found and of new blocks for the rest of its tokens.

@@ -63,6 +63,17 @@ impl Events {
         self.sealed = self.log.len();
     }
 
+    /// A log of an operation that may yet be refused.
+    pub fn draft(&self) -> Self {
+        Self { enabled: self.enabled, ..Self::default() }
+    }
+
+    /// Takes over what was drafted, as an operation of its own.
+    pub fn join(&mut self, draft: Self) {
+        self.log.extend(draft.log);
+        self.seal();
+    }
+
     /// Notes one block; it joins the latest event of the operation when that is of the same kind, group and
     /// tier.
     pub fn push(&mut self, kind: EventKind, group: u32, tier: Tier, index: u32, hash: BlockHash) {

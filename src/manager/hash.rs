@@ -92,6 +92,8 @@ pub(super) type CheapMap<K, V> = HashMap<K, V, BuildHasherDefault<CheapHasher>>;
 /// Tokens of a sequence, hashed: once for all lookups while it waits, and further as it grows.
 #[derive(Debug, Clone)]
 pub struct HashedTokens {
+    /// Of the manager whose blocks they can name.
+    identity: [u8; 32],
     num_tokens: usize,
     /// Tokens per hashed unit; 0 hashes nothing.
     unit: usize,
@@ -121,7 +123,19 @@ impl HashedTokens {
         frame(b's', keys.salt.as_bytes());
         frame(b'l', keys.lora.as_bytes());
         let seed = BlockHash::cut(hasher.finalize());
-        Self { num_tokens: 0, unit, seed, hashes: Vec::new(), tokens: Vec::new() }
+        Self {
+            identity: *identity,
+            num_tokens: 0,
+            unit,
+            seed,
+            hashes: Vec::new(),
+            tokens: Vec::new(),
+        }
+    }
+
+    /// Whether they were hashed under this identity, in units of so many tokens.
+    pub(super) fn are_of(&self, identity: &[u8; 32], unit: usize) -> bool {
+        self.unit == unit && self.identity == *identity
     }
 
     /// Number of tokens.

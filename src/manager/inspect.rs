@@ -59,12 +59,12 @@ impl Manager {
             let slowest =
                 self.groups.iter().zip(&hit.blocks).enumerate().map(|(g, (group, row))| {
                     let b = at / group.block_size;
-                    if !group.needs(b, hit.tokens) || row[b] != NULL {
+                    if !group.needs(b, hit.tokens) || row.get(b).is_some_and(|&id| id != NULL) {
                         return 0;
                     }
-                    let hash = &tokens.hashes()[group.key_index(b)];
-                    let on_host = self.host.as_ref().is_some_and(|h| h.find(g, hash).is_some());
-                    if on_host { 1 } else { 2 }
+                    let hash = tokens.hashes().get(group.key_index(b));
+                    let host = hash.zip(self.host.as_ref());
+                    if host.is_some_and(|(hash, h)| h.find(g, hash).is_some()) { 1 } else { 2 }
                 });
             tiers[slowest.max().unwrap_or(0)] += unit;
         }

@@ -72,12 +72,15 @@ impl Manager {
     /// loads from storage itself.
     ///
     /// # Errors
-    /// `DuplicateSequence` for a live sequence or one with a prefetch; `InvalidArgument` for a time that goes
-    /// back; nothing is changed.
+    /// `DuplicateSequence` for a live or preempted sequence or one with a prefetch; `InvalidArgument` for a time that
+    /// goes back, and for tokens that were hashed under another identity or unit; nothing is changed.
     pub fn prefetch(&mut self, seq: SeqId, prompt: &HashedTokens, now: u64) -> Result<Prefetch> {
-        if self.sequences.contains_key(&seq) || self.prefetches.contains(seq) {
-            return Err(Error::new("prefetch", ErrorKind::DuplicateSequence(seq)));
+        const OP: &str = "prefetch";
+        self.check_name(OP, seq)?;
+        if self.prefetches.contains(seq) {
+            return Err(Error::new(OP, ErrorKind::DuplicateSequence(seq)));
         }
+        self.check_hashed(OP, prompt)?;
         self.tick(now)?;
         let Some(config) = self.storage_config else { return Ok(Prefetch::default()) };
         let Found { tokens, host_tokens, rows, .. } = self.search(prompt, prompt.len(), true);

@@ -92,13 +92,11 @@ impl Manager {
         }
         let mut tier =
             SlotTier::new(Tier::Storage, config.num_slots, self.groups.len(), config.breaker);
-        let mut events = std::mem::take(&mut self.events);
-        events.seal();
+        let mut events = self.events.draft();
         let adopted = stored.iter().all(|block| {
             (block.group as usize) < self.groups.len()
                 && tier.adopt(block.slot, block.group as usize, block.hash, &mut events)
         });
-        self.events = events;
         if !adopted {
             return Err(Error::invalid(
                 OP,
@@ -109,6 +107,7 @@ impl Manager {
                 ),
             ));
         }
+        self.events.join(events);
         tier.adopted();
         tier.tick(self.now);
         self.storage = Some(tier);
