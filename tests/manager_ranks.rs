@@ -150,7 +150,7 @@ impl World {
             Completion::Ready { seq, valid_tokens } => {
                 self.ready.insert(seq, Some(valid_tokens));
             }
-            Completion::Dropped { seq } => {
+            Completion::Dropped { seq } | Completion::Void { seq } => {
                 self.ready.insert(seq, None);
             }
         }

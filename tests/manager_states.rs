@@ -150,7 +150,9 @@ impl World {
                     (sequence.computed, sequence.settled) = (valid_tokens, valid_tokens);
                     sequence.ready = true;
                 }
-                Completion::Dropped { seq } => drop(self.sequences.remove(&seq)),
+                Completion::Dropped { seq } | Completion::Void { seq } => {
+                    drop(self.sequences.remove(&seq))
+                }
                 _ => {}
             }
         }

@@ -1,17 +1,23 @@
 //! One direction of transfers: a stream, and a ring of batches whose descriptors lie in pinned memory.
+//!
+//! A batch moves the blocks of its transfers part by part (see parts.rs), one launch and one event each, so that
+//! whoever needs a layer of them waits for its part alone.
+
+use std::collections::HashMap;
 
 use crate::abi::hkv_copy;
 use crate::device::{Device, Event, PinnedBuffer, Span, Stream, StreamRef};
 use crate::error::Result;
-use crate::manager::{Direction, Outcome, TransferId};
+use crate::manager::{Direction, Outcome, SeqId, TransferId};
 use crate::ops::{CtaQuota, Kernels, MoveArgs};
 
 use super::fault::{FaultKind, Faults};
+use super::parts::Parts;
 
 /// Batches in flight per lane.
 const BATCHES: usize = 32;
-/// Transfers per batch: one launch each.
-const BATCH_TRANSFERS: usize = 1024;
+/// Descriptors that a batch has room for at first.
+const DESCRIPTORS: usize = 1024;
 /// Bytes that an injected corruption overwrites.
 const CORRUPTED_BYTES: usize = 16;
 
@@ -37,18 +43,33 @@ impl LaneStats {
 pub(super) struct Move {
     pub id: TransferId,
     pub direction: Direction,
+    pub group: u32,
+    /// The sequence that waits for it.
+    pub seq: Option<SeqId>,
     pub src: u64,
     pub dst: u64,
     pub bytes: u64,
 }
+
+/// Names a batch of loads: see [`Engine::last_load`](super::Engine::last_load).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LoadMark(u64);
 
 /// Transfers that were launched together.
 struct Batch {
     /// Timed, around the copies.
     start: Event,
     end: Event,
+    /// Behind all parts but the last, whose end is that of the batch; grows to the most parts seen.
+    parts: Vec<Event>,
+    /// Parts that it came in.
+    num_parts: usize,
     transfers: Vec<(TransferId, Outcome)>,
+    /// Sequences that wait for it.
+    seqs: Vec<SeqId>,
     bytes: u64,
+    /// Read by the device while the batch is in flight; grows to the largest batch seen.
+    descriptors: PinnedBuffer,
 }
 
 pub(super) struct Lane {
@@ -57,8 +78,12 @@ pub(super) struct Lane {
     /// Index of the oldest batch in flight.
     head: usize,
     in_flight: usize,
-    /// `[BATCHES][BATCH_TRANSFERS]` descriptors, read by the device while their batch is in flight.
-    descriptors: PinnedBuffer,
+    /// Batches that have been retired: the name of the oldest one in flight.
+    retired: u64,
+    /// The last batch with a load of each sequence, while it is in flight.
+    last: HashMap<SeqId, u64>,
+    /// Of the batch that is being started.
+    moves: Vec<Move>,
     stats: LaneStats,
 }
 
@@ -68,8 +93,12 @@ impl Lane {
             Ok(Batch {
                 start: device.timed_event()?,
                 end: device.timed_event()?,
-                transfers: Vec::with_capacity(BATCH_TRANSFERS),
+                parts: Vec::new(),
+                num_parts: 1,
+                transfers: Vec::with_capacity(DESCRIPTORS),
+                seqs: Vec::new(),
                 bytes: 0,
+                descriptors: device.alloc_pinned(DESCRIPTORS * size_of::<hkv_copy>())?,
             })
         };
         Ok(Self {
@@ -77,7 +106,9 @@ impl Lane {
             ring: (0..BATCHES).map(|_| batch()).collect::<Result<_>>()?,
             head: 0,
             in_flight: 0,
-            descriptors: device.alloc_pinned(BATCHES * BATCH_TRANSFERS * size_of::<hkv_copy>())?,
+            retired: 0,
+            last: HashMap::new(),
+            moves: Vec::new(),
             stats: LaneStats::default(),
         })
     }
@@ -104,53 +135,101 @@ impl Lane {
         Ok(())
     }
 
+    /// The last batch in flight with a load of one of these sequences.
+    pub fn last_load(&self, seqs: impl IntoIterator<Item = SeqId>) -> Option<LoadMark> {
+        seqs.into_iter().filter_map(|seq| self.last.get(&seq)).max().map(|&batch| LoadMark(batch))
+    }
+
+    /// Makes later work of `compute` wait for the part with this layer of a batch, and of all before it.
+    pub fn make_wait_for_layer(
+        &self,
+        mark: LoadMark,
+        layer: u32,
+        parts: &Parts,
+        compute: StreamRef<'_>,
+    ) -> Result<()> {
+        let Some(ahead) = mark.0.checked_sub(self.retired) else { return Ok(()) };
+        if ahead >= self.in_flight as u64 {
+            return Ok(());
+        }
+        let batch = &self.ring[(self.head + ahead as usize) % BATCHES];
+        let part = if batch.num_parts == 1 { 0 } else { parts.of_layer(layer) };
+        let last = part + 1 == batch.num_parts;
+        compute.wait(if last { &batch.end } else { &batch.parts[part] })
+    }
+
     /// Launches the next batch with as many of `moves` as it takes. The ring must have room.
     pub fn start(
         &mut self,
         kernels: &Kernels,
         faults: &mut Faults,
+        parts: &Parts,
         moves: impl Iterator<Item = Move>,
     ) -> Result<()> {
+        let name = self.retired + self.in_flight as u64;
         let at = (self.head + self.in_flight) % BATCHES;
-        let first =
-            self.descriptors.address() as usize + at * BATCH_TRANSFERS * size_of::<hkv_copy>();
-        let stream = self.stream.as_ref();
-        let batch = &mut self.ring[at];
-        batch.transfers.clear();
-        batch.bytes = 0;
+        let Self { stream, ring, last, moves: batch_moves, .. } = self;
+        let (stream, batch) = (stream.as_ref(), &mut ring[at]);
+        batch_moves.clear();
+        batch_moves.extend(moves.take(parts.batch()));
+        let num_parts = parts.count(batch_moves.iter().map(|m| m.bytes).sum());
+        batch.reserve(batch_moves.len() * num_parts, num_parts, stream.device())?;
+
         stream.record(&batch.start)?;
-        let mut num_copies = 0;
         // Fills go to the stream before the copies (they touch other blocks); corruptions come after.
         let mut corrupted = Vec::new();
-        for Move { id, direction, src, dst, bytes } in moves.take(BATCH_TRANSFERS) {
-            let fault = faults.take(direction, id);
+        for Move { id, direction, seq, dst, bytes, .. } in batch_moves.iter_mut() {
+            let fault = faults.take(*direction, *id);
             let failed = matches!(fault, Some(FaultKind::Fail | FaultKind::Short));
-            batch.transfers.push((id, if failed { Outcome::Failed } else { Outcome::Succeeded }));
+            batch.transfers.push((*id, if failed { Outcome::Failed } else { Outcome::Succeeded }));
+            if let Some(seq) = *seq
+                && last.insert(seq, name) != Some(name)
+            {
+                batch.seqs.push(seq);
+            }
             match fault {
-                Some(FaultKind::Skip) => continue,
+                Some(FaultKind::Skip) => *bytes = 0,
                 // SAFETY: `dst` is a whole block or slot of the engine, which the manager reserves for
                 // this transfer until it is reported as ended.
                 Some(FaultKind::Fail) => unsafe {
-                    stream.fill(dst, 0xFF, bytes as usize)?;
-                    continue;
+                    stream.fill(*dst, 0xFF, *bytes as usize)?;
+                    *bytes = 0;
                 },
-                Some(FaultKind::Corrupt) => corrupted.push(dst),
-                Some(FaultKind::Short | FaultKind::Delay { .. } | FaultKind::Unordered) | None => {}
+                Some(FaultKind::Corrupt) => corrupted.push(*dst),
+                Some(FaultKind::Short) => *bytes = *bytes / 32 * 16,
+                Some(FaultKind::Delay { .. } | FaultKind::Unordered) | None => {}
             }
-            let bytes = if fault == Some(FaultKind::Short) { bytes / 32 * 16 } else { bytes };
-            let copy = hkv_copy { src: src as *const _, dst: dst as *mut _, bytes };
-            // SAFETY: entry `num_copies < BATCH_TRANSFERS` of this batch's part of the descriptors, which
-            // no launch reads: the batch that used it before has ended.
-            unsafe { (first as *mut hkv_copy).add(num_copies).write(copy) };
-            num_copies += 1;
-            batch.bytes += bytes;
+            batch.bytes += *bytes;
         }
-        let copies = Span::new(first as u64, (num_copies * size_of::<hkv_copy>()) as u64);
-        let args = MoveArgs { copies, num_copies: num_copies as u64, quota: CtaQuota::HOST_LINK };
-        // SAFETY: the descriptors stay as they are until the batch has ended. Every source and target is
-        // a whole block or slot in the engine's memory, ordered behind the compute stream, and reserved by
-        // the manager until the transfer is reported as ended.
-        unsafe { kernels.move_blocks(&args, stream)? };
+        let first = batch.descriptors.address() as usize;
+        let mut end = 0;
+        for part in 0..num_parts {
+            let start = end;
+            for Move { group, src, dst, bytes, .. } in batch_moves.iter() {
+                let range = parts.range(*group, part, num_parts);
+                let bytes = range.end.min(*bytes).saturating_sub(range.start);
+                if bytes == 0 {
+                    continue;
+                }
+                let (src, dst) = (src + range.start, dst + range.start);
+                let copy = hkv_copy { src: src as *const _, dst: dst as *mut _, bytes };
+                // SAFETY: entry `end` of this batch's descriptors, which have room for every part of every
+                // move, and which no launch reads: the batch that used them before has ended.
+                unsafe { (first as *mut hkv_copy).add(end).write(copy) };
+                end += 1;
+            }
+            let entry = size_of::<hkv_copy>();
+            let copies = Span::new((first + start * entry) as u64, ((end - start) * entry) as u64);
+            let num_copies = (end - start) as u64;
+            let args = MoveArgs { copies, num_copies, quota: CtaQuota::HOST_LINK };
+            // SAFETY: the descriptors stay as they are until the batch has ended. Every source and target is
+            // inside of a block or slot in the engine's memory, ordered behind the compute stream, and
+            // reserved by the manager until the transfer is reported as ended; parts do not overlap.
+            unsafe { kernels.move_blocks(&args, stream)? };
+            if part + 1 < num_parts {
+                stream.record(&batch.parts[part])?;
+            }
+        }
         for dst in corrupted {
             // SAFETY: the first bytes of a target of this batch, as above.
             unsafe { stream.fill(dst, 0x5A, CORRUPTED_BYTES)? };
@@ -186,6 +265,12 @@ impl Lane {
             batch.transfers.iter().filter(|(_, outcome)| *outcome == Outcome::Succeeded).count()
                 as u64;
         ended.extend_from_slice(&batch.transfers);
+        for seq in &batch.seqs {
+            if self.last.get(seq) == Some(&self.retired) {
+                self.last.remove(seq);
+            }
+        }
+        self.retired += 1;
         self.head = (self.head + 1) % BATCHES;
         self.in_flight -= 1;
         Ok(())
@@ -197,5 +282,22 @@ impl Lane {
 
     pub fn stats(&self) -> LaneStats {
         self.stats
+    }
+}
+
+impl Batch {
+    /// Makes an ended batch ready for so many copies in so many parts.
+    fn reserve(&mut self, copies: usize, parts: usize, device: &Device) -> Result<()> {
+        let bytes = copies * size_of::<hkv_copy>();
+        if bytes > self.descriptors.len() {
+            self.descriptors = device.alloc_pinned(bytes.next_power_of_two())?;
+        }
+        while self.parts.len() + 1 < parts {
+            self.parts.push(device.event()?);
+        }
+        self.transfers.clear();
+        self.seqs.clear();
+        (self.num_parts, self.bytes) = (parts, 0);
+        Ok(())
     }
 }

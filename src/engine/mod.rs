@@ -6,7 +6,7 @@
 //! - R2: an offload waits for an event recorded on the compute stream at submission; the step that wrote
 //!   the block was submitted before the manager emitted the transfer.
 //! - R3: an onboard waits for the same event, and so for the last readers and for pending fills of its
-//!   target.
+//!   target. A step that runs behind its loads waits for them layer by layer ([`Engine::wait_layer`]).
 //!
 //! A transfer has ended once the event behind its batch is complete; [`Engine::poll`] says so and how it
 //! ended. [`BatchTables`] turns the block tables of a batch into the device arrays that kernels read.
@@ -14,11 +14,13 @@
 mod copies;
 mod fault;
 mod lane;
+mod parts;
 mod storage;
 mod tables;
 
 pub use fault::{Fault, FaultKind};
-pub use lane::LaneStats;
+pub use lane::{LaneStats, LoadMark};
+pub use parts::LayerwiseLoads;
 pub use storage::{BlockKey, BlockStore, Damage, FileStore, FileStoreConfig, SyncPolicy};
 pub use tables::{Batch, BatchTables, SeqSlice};
 
@@ -27,12 +29,15 @@ use std::sync::Arc;
 use crate::device::{DeviceBuffer, Event, PinnedBuffer, Span, StreamRef};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::KvView;
-use crate::manager::{BlockCopy, Direction, HostSlot, Outcome, Path, Place, Transfer, TransferId};
+use crate::manager::{
+    BlockCopy, Direction, HostSlot, Outcome, Path, Place, SeqId, Transfer, TransferId,
+};
 use crate::ops::Kernels;
 use crate::spec::{GroupPlan, LayerGroup};
 use copies::Copies;
 use fault::Faults;
 use lane::{Lane, Move};
+use parts::Parts;
 use storage::{Start, Storage};
 
 const OP: &str = "engine";
@@ -142,6 +147,9 @@ pub struct Engine {
     storage: Option<Storage>,
     offload: Lane,
     onboard: Lane,
+    /// Of onboards, and of offloads.
+    load_parts: Parts,
+    store_parts: Parts,
     copies: Copies,
     /// Recorded on the compute stream at every submission.
     fence: Event,
@@ -182,8 +190,11 @@ impl Engine {
     ) -> Result<Self> {
         let device = kernels.device();
         let pool = device.alloc(addressable(config.device_bytes(), "device")?)?;
+        let whole = || Parts::whole(config.block_bytes as u64);
         Ok(Self {
             storage: None,
+            load_parts: whole(),
+            store_parts: whole(),
             offload: Lane::new(device)?,
             onboard: Lane::new(device)?,
             copies: Copies::new(device)?,
@@ -300,9 +311,9 @@ impl Engine {
             if moves.peek().is_none() {
                 continue;
             }
-            let lane = match direction {
-                Direction::Offload => &mut self.offload,
-                _ => &mut self.onboard,
+            let (lane, parts) = match direction {
+                Direction::Offload => (&mut self.offload, &self.store_parts),
+                _ => (&mut self.onboard, &self.load_parts),
             };
             if !self.faults.take_unordered(direction) {
                 lane.wait(&self.fence)?;
@@ -312,6 +323,7 @@ impl Engine {
                 lane.start(
                     &self.kernels,
                     &mut self.faults,
+                    parts,
                     moves.by_ref().map(|transfer| {
                         let bytes = self.config.block_bytes as u64;
                         let address = |place| match place {
@@ -322,7 +334,8 @@ impl Engine {
                         };
                         let (src, dst) =
                             (address(transfer.path.from()), address(transfer.path.to()));
-                        Move { id: transfer.id, direction, src, dst, bytes }
+                        let Transfer { id, group, seq, .. } = *transfer;
+                        Move { id, direction, group, seq, src, dst, bytes }
                     }),
                 )?;
             }
@@ -406,6 +419,32 @@ impl Engine {
     /// Whether they *succeeded* is known only once they were polled.
     pub fn wait_onboarded(&self, compute: StreamRef<'_>) -> Result<()> {
         self.onboard.make_wait(compute)
+    }
+
+    /// From now on onboards come layer by layer, for steps that wait by [`Self::wait_layer`].
+    ///
+    /// # Errors
+    /// `InvalidArgument` while onboards are under way, and for groups whose layers lie otherwise than the native
+    /// layout has them; `Unsupported` for no parts.
+    pub fn load_by_layer(&mut self, plan: &GroupPlan, loads: LayerwiseLoads) -> Result<()> {
+        if self.onboard.outstanding() > 0 {
+            return Err(Error::invalid(OP, "onboards are under way: wait until they have ended"));
+        }
+        self.load_parts = Parts::of(plan, loads, self.config.block_bytes as u64)?;
+        Ok(())
+    }
+
+    /// What the steps of these sequences have to wait for: the last onboard submitted for any of them. `None` when
+    /// all have ended.
+    pub fn last_load(&self, seqs: impl IntoIterator<Item = SeqId>) -> Option<LoadMark> {
+        self.onboard.last_load(seqs)
+    }
+
+    /// Makes later work of `compute` wait until this layer of the loads up to `load` has come, without blocking
+    /// the host (R3); before the layer's append and attention. Recurrent layers wait for layer 0, which the states
+    /// come with. Whether the loads *succeeded* is known only once they were polled.
+    pub fn wait_layer(&self, load: LoadMark, layer: u32, compute: StreamRef<'_>) -> Result<()> {
+        self.onboard.make_wait_for_layer(load, layer, &self.load_parts, compute)
     }
 
     /// Transfers submitted and not yet reported.

@@ -215,7 +215,7 @@ impl Manager {
         let mut tables = Vec::with_capacity(rows.len());
         for (g, mut table) in rows.into_iter().enumerate() {
             let group = self.groups[g];
-            let mut hits = 0;
+            let (mut hits, mut loading) = (0, 0);
             for b in group.needed(hit) {
                 if table[b] != NULL {
                     hits += 1;
@@ -229,6 +229,7 @@ impl Manager {
                 table[b] = id;
                 new_blocks[g].push(id);
                 loads.push(load);
+                loading += 1;
             }
             self.device.stats[g].hit_blocks += hits;
             let (first_live, considered) = (group.first_needed(hit), table.len());
@@ -237,6 +238,7 @@ impl Manager {
                 first_live,
                 considered,
                 settled: considered,
+                loading,
                 ..Row::default()
             });
         }
@@ -249,6 +251,8 @@ impl Manager {
             generation,
             inherited: None,
             loading: loads.len(),
+            pending: loads.len(),
+            overlapped: false,
             lost: Vec::new(),
             repaired: false,
             begun: false,
@@ -302,7 +306,7 @@ impl Manager {
         if tokens.is_empty() {
             return Err(Error::invalid(OP, "no tokens given"));
         }
-        check_loaded(OP, seq, sequence)?;
+        check_runs(OP, seq, sequence)?;
         let num_tokens = sequence.tokens.len() + tokens.len();
         check_length(OP, num_tokens, config.max_model_len as usize)?;
         let before = sequence.tokens.len();

@@ -93,6 +93,8 @@ impl Manager {
             generation: self.generation,
             inherited: Some(Inherited { from: of.generation, tokens: shared }),
             loading: 0,
+            pending: 0,
+            overlapped: false,
             lost: Vec::new(),
             repaired: false,
         };

@@ -17,6 +17,7 @@ mod grow;
 mod hash;
 mod inspect;
 mod offload;
+mod overlap;
 mod pool;
 mod preempt;
 mod prefetch;
@@ -54,6 +55,7 @@ use self::events::Events;
 use self::groups::Group;
 use self::hash::CheapMap;
 use self::offload::{offer, vouch};
+use self::overlap::{check_loaded, check_runs};
 use self::pool::{Block, NULL, Pool};
 use self::preempt::Preempted;
 use self::prefetch::Prefetches;
@@ -248,6 +250,13 @@ pub enum Completion {
         /// The sequence.
         seq: SeqId,
     },
+    /// A load of the sequence failed, and its steps ran behind its loads (see [`Manager::overlap`]): everything
+    /// that it has computed since it was allocated is void, steps in flight and tokens put out included. The
+    /// sequence has been freed, and can be allocated again.
+    Void {
+        /// The sequence.
+        seq: SeqId,
+    },
 }
 
 /// One sequence's live blocks of one group, as attention needs them: the row of a block table is `sinks`
@@ -422,10 +431,14 @@ impl Manager {
                 ),
             ));
         }
-        check_loaded(OP, seq, sequence)?;
+        check_runs(OP, seq, sequence)?;
         sequence.begun |= computed > sequence.computed;
         sequence.computed = computed;
         sequence.settled = settled;
+        if sequence.loading > 0 {
+            // On trial: it is published and freed once its loads have succeeded.
+            return Ok(());
+        }
         self.events.seal();
         if sequence.repaired {
             cache(&self.groups, &self.policy, &mut self.device, &mut self.events, sequence);
@@ -662,13 +675,6 @@ fn check_groups(op: &'static str, groups: &[GroupConfig]) -> Result<(usize, usiz
             .ok_or_else(|| Error::invalid(op, "the block sizes have no common multiple"))?;
     }
     Ok((unit, alignment))
-}
-
-fn check_loaded(op: &'static str, seq: SeqId, sequence: &Sequence) -> Result<()> {
-    match sequence.loading {
-        0 => Ok(()),
-        n => Err(Error::invalid(op, format!("sequence {seq} still waits for {n} load(s)"))),
-    }
 }
 
 fn gcd(a: usize, b: usize) -> usize {

@@ -228,15 +228,19 @@ impl Manager {
             settled: computed / group.block_size,
             ..Row::default()
         };
+        let mut rows: Vec<Row> = self.groups.iter().zip(tables).map(row).collect();
+        loads.iter().for_each(|load| rows[load.group].loading += 1);
         let mut sequence = Sequence {
             tokens,
             computed,
             settled: computed,
-            rows: self.groups.iter().zip(tables).map(row).collect(),
+            rows,
             boundaries,
             generation,
             inherited: None,
             loading: ids.len(),
+            pending: ids.len(),
+            overlapped: false,
             lost: Vec::new(),
             repaired: false,
             begun: false,

@@ -19,6 +19,8 @@ pub(super) struct Row {
     pub stored: Vec<u32>,
     /// Blocks before this one were hit, or are known to be settled.
     pub settled: usize,
+    /// Loads into its blocks that have not been answered.
+    pub loading: usize,
 }
 
 impl Row {
@@ -57,8 +59,13 @@ pub(super) struct Sequence {
     pub generation: u64,
     /// What it began with, if it was forked.
     pub inherited: Option<Inherited>,
-    /// Loads that have not been answered; until then nothing of it is computed.
+    /// Loads that have not been answered; until then nothing of it is findable, and nothing is computed unless it
+    /// is `overlapped`.
     pub loading: usize,
+    /// Those of them that have not been handed out: they wait for a fetch, or for their turn.
+    pub pending: usize,
+    /// Whether its steps run behind its loads layer by layer, instead of after them.
+    pub overlapped: bool,
     /// Blocks whose load failed, as (group, index).
     pub lost: Vec<(usize, usize)>,
     /// Whether a load failed, so that tokens are computed again: until all are, blocks become findable only

@@ -371,6 +371,11 @@ impl Manager {
         match waiter {
             Waiter::Load(load) => {
                 self.device.pool.unpin(load.block);
+                if let Some(sequence) = self.sequences.get_mut(&load.seq)
+                    && sequence.generation == load.generation
+                {
+                    sequence.pending -= 1;
+                }
                 self.load_ended(&load, false);
             }
             Waiter::Prefetch { seq, generation, .. } => {

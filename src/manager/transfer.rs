@@ -222,6 +222,12 @@ impl Manager {
         }
         let flight = self.flights.flying.get_mut(&self.flights.outbox.pop_front()?)?;
         flight.started = true;
+        if let Some(seq) = flight.transfer.seq
+            && let Some(sequence) = self.sequences.get_mut(&seq)
+            && sequence.generation == flight.generation
+        {
+            sequence.pending -= 1;
+        }
         Some(flight.transfer)
     }
 
@@ -339,23 +345,30 @@ impl Manager {
             sequence.lost.push((load.group, load.index));
         }
         sequence.loading -= 1;
+        sequence.rows[load.group].loading -= 1;
         if sequence.loading > 0 {
             return;
         }
-        if sequence.lost.is_empty() {
+        let told = if sequence.lost.is_empty() {
             cache(&self.groups, &self.policy, &mut self.device, &mut self.events, sequence);
-            let valid_tokens = sequence.computed;
-            self.told.push_back(Completion::Ready { seq, valid_tokens });
-            return;
-        }
-        let told = match self.repair(seq) {
-            Some(valid_tokens) => Completion::Ready { seq, valid_tokens },
-            None => {
-                // It is there: its loads have just ended.
-                let _ = self.free(seq);
-                Completion::Dropped { seq }
+            let (valid_tokens, settled) = (sequence.computed, sequence.settled);
+            if sequence.overlapped {
+                // What its steps did meanwhile counts from now on.
+                let _ = self.advance_with(seq, valid_tokens, settled, |_, _| {});
+            }
+            Completion::Ready { seq, valid_tokens }
+        } else if sequence.overlapped {
+            Completion::Void { seq }
+        } else {
+            match self.repair(seq) {
+                Some(valid_tokens) => Completion::Ready { seq, valid_tokens },
+                None => Completion::Dropped { seq },
             }
         };
+        if !matches!(told, Completion::Ready { .. }) {
+            // It is there: its loads have just ended.
+            let _ = self.free(seq);
+        }
         self.told.push_back(told);
     }
 

@@ -122,7 +122,9 @@ impl World {
         match completion {
             Completion::Pending => {}
             // Freed before it was told.
-            Completion::Ready { seq, .. } | Completion::Dropped { seq }
+            Completion::Ready { seq, .. }
+            | Completion::Dropped { seq }
+            | Completion::Void { seq }
                 if !self.sequences.contains_key(&seq) => {}
             Completion::Ready { seq, valid_tokens } => {
                 let sequence = self.sequences.get_mut(&seq).unwrap();
@@ -130,7 +132,7 @@ impl World {
                 (sequence.computed, sequence.settled) = (valid_tokens, valid_tokens);
                 sequence.ready = true;
             }
-            Completion::Dropped { seq } => {
+            Completion::Dropped { seq } | Completion::Void { seq } => {
                 self.sequences.remove(&seq).unwrap();
             }
         }

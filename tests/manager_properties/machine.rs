@@ -319,7 +319,7 @@ impl World {
                 (sequence.computed, sequence.settled) = (valid_tokens, valid_tokens);
                 sequence.ready = true;
             }
-            Completion::Dropped { seq } => {
+            Completion::Dropped { seq } | Completion::Void { seq } => {
                 prop_assert!(self.sequences.remove(&seq).is_some());
             }
         }

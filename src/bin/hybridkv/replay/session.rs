@@ -444,7 +444,7 @@ impl Session {
                             sequence.computed = valid_tokens;
                         }
                     }
-                    Completion::Dropped { seq } => {
+                    Completion::Dropped { seq } | Completion::Void { seq } => {
                         if let Some(id) = self.names.get(&seq).cloned() {
                             self.end(&id)?;
                             dropped.push(json!(id));

@@ -48,6 +48,10 @@ pub struct Args {
     /// second time), back (before they are evicted).
     #[arg(long, value_enum, default_value_t = Write::Through)]
     pub write: Write,
+    /// How steps follow the loads that they need: layers (each layer waits for its own part of them), whole (the
+    /// first step waits for all).
+    #[arg(long, value_enum, default_value_t = Onboard::Layers)]
+    pub onboard: Onboard,
     /// Folder of a storage tier below the host; what an earlier run of the same model left there is used.
     #[arg(long)]
     pub storage: Option<String>,
@@ -104,6 +108,13 @@ impl From<Write> for WritePolicy {
             Write::Back => Self::Back,
         }
     }
+}
+
+/// What the steps of a request wait for, as the command line names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Onboard {
+    Layers,
+    Whole,
 }
 
 /// A fault as the command line writes it.

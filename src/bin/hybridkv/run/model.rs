@@ -127,7 +127,8 @@ impl Model {
         })
     }
 
-    /// Submits every layer of one step. `reaches` is per group; `after_layer` gets every
+    /// Submits every layer of one step. `reaches` is per group; `before_layer` gets every layer and its group, and
+    /// may make `compute` wait for what the layer reads; `after_layer` gets every
     /// layer's output, `[num_tokens, num_qo_heads, head_dim]`, and may submit reads of it before the next
     /// layer overwrites it. The payload of the batch are the history hashes of its tokens.
     pub fn step(
@@ -136,12 +137,14 @@ impl Model {
         reaches: &[Reach],
         timer: Option<&LayerTimer>,
         compute: StreamRef<'_>,
+        before_layer: impl Fn(u32, usize) -> Result<()>,
         mut after_layer: impl FnMut(u32, Span) -> Result<()>,
     ) -> Result<()> {
         let num_layers = self.spec.layers.len() as u32;
         let windows = WindowTable { rows: self.windows.span(), num_layers };
         for layer in 0..num_layers {
             let group = self.groups[layer as usize] as usize;
+            before_layer(layer, group)?;
             let shape = self.spec.layers[layer as usize].shape;
             let num_qo_heads = self.spec.num_qo_heads;
             let kv_strides = HeadStrides::contiguous(shape.num_kv_heads, shape.head_dim);

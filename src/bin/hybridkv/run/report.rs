@@ -27,6 +27,8 @@ pub struct Report {
     pub notes: Vec<String>,
     pub requests: u64,
     pub preemptions: u64,
+    /// Sequences whose first step ran behind their loads.
+    pub overlapped: u64,
     pub failed_loads: u64,
     pub steps: u64,
     pub seconds: f64,
@@ -143,6 +145,7 @@ impl Report {
             notes: setup.notes.clone(),
             requests: counters.requests,
             preemptions: counters.preemptions,
+            overlapped: counters.overlapped,
             failed_loads: counters.failed_loads,
             steps: counters.steps,
             seconds,
@@ -217,7 +220,8 @@ impl Report {
             (
                 "prefix hits",
                 format!(
-                    "{:.1} % of {} prompt tokens: device {:.1} %, host {:.1} %, storage {:.1} %; {} failed loads",
+                    "{:.1} % of {} prompt tokens: device {:.1} %, host {:.1} %, storage {:.1} %; {} requests ran \
+                     behind their loads, {} failed loads",
                     self.hits.percent(
                         self.hits.device_tokens + self.hits.host_tokens + self.hits.storage_tokens
                     ),
@@ -225,6 +229,7 @@ impl Report {
                     self.hits.percent(self.hits.device_tokens),
                     self.hits.percent(self.hits.host_tokens),
                     self.hits.percent(self.hits.storage_tokens),
+                    self.overlapped,
                     self.failed_loads
                 ),
             ),

@@ -106,6 +106,7 @@ impl Sampler {
                 let head = self.random.below(self.num_qo_heads);
                 let row = (first + token) * self.num_qo_heads + head;
                 let expected = ExpectedRow {
+                    seq: slice.seq,
                     layer,
                     qo_head: head as u32,
                     position: slice.start as usize + token,
@@ -218,6 +219,16 @@ impl Sampler {
             self.verifier.check_bytes(engine.slot(slot)?, expected);
         }
         Ok(())
+    }
+
+    /// See [`Verifier::begin_trial`].
+    pub fn begin_trial(&mut self, seq: SeqId) {
+        self.verifier.begin_trial(seq);
+    }
+
+    /// See [`Verifier::end_trial`].
+    pub fn end_trial(&mut self, seq: SeqId, valid: bool) {
+        self.verifier.end_trial(seq, valid);
     }
 
     /// See [`Verifier::fence`].

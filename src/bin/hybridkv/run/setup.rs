@@ -1,13 +1,13 @@
 //! From arguments to a model, a workload and memory sizes that belong together.
 
 use hybridkv::device::Device;
-use hybridkv::engine::{EngineConfig, FileStoreConfig, HostSize, SyncPolicy};
+use hybridkv::engine::{EngineConfig, FileStoreConfig, HostSize, LayerwiseLoads, SyncPolicy};
 use hybridkv::error::{Error, Result};
 use hybridkv::manager::{Eviction, GroupConfig, HostConfig, ManagerConfig, Retention};
 use hybridkv::spec::{AttentionKind, GroupPlan, LayerSpec, ModelSpec};
 
-use super::Args;
 use super::conversations::{Conversations, Sizes};
+use super::{Args, Onboard};
 use crate::trace::{Trace, output_token};
 use crate::values::{load_model, parse_bytes};
 
@@ -100,6 +100,8 @@ pub struct Setup {
     pub engine: EngineConfig,
     pub manager: ManagerConfig,
     pub storage: Option<FileStoreConfig>,
+    /// How loads are cut for steps that run behind them; `None` when steps wait for all of them.
+    pub layerwise: Option<LayerwiseLoads>,
     pub max_seqs: usize,
     pub max_batch_tokens: usize,
     /// Fraction of blocks read back, and of (sequence, step, layer) of which one output row is checked.
@@ -208,10 +210,14 @@ impl Setup {
             }),
             None => None,
         };
+        // On the CPU device no load is too small to come in parts: it is there to be verified.
+        let min_bytes = if on_cpu { 0 } else { LayerwiseLoads::default().min_bytes };
+        let layerwise = LayerwiseLoads { min_bytes, ..LayerwiseLoads::default() };
         Ok(Self {
             spec,
             plan,
             storage,
+            layerwise: (args.onboard == Onboard::Layers).then_some(layerwise),
             workload,
             engine,
             manager,

@@ -5,7 +5,7 @@
 //! stream. Once the event behind it is complete, a worker thread compares it: blocks bit by bit, output
 //! rows with the f64 reference over keys and values that are recomputed for every visible position.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -15,6 +15,7 @@ use half::{bf16, f16};
 use hybridkv::device::{Device, Event, PinnedBuffer, Span, StreamRef};
 use hybridkv::error::{Error, ErrorKind, Result};
 use hybridkv::layout::Dtype;
+use hybridkv::manager::SeqId;
 use hybridkv::ops::synthetic::{Distribution, Tensor};
 use hybridkv::reference::{self, Logits};
 use hybridkv::spec::{GroupPlan, LayerGroup, ModelSpec};
@@ -31,6 +32,8 @@ const BLOCK_PROBES: usize = 128;
 const ROW_PROBES: usize = 4096;
 /// Messages of mismatches that are kept.
 const MESSAGES: usize = 8;
+/// Row probes of sequences on trial, at most: they wait for the end of the trial.
+const TRIAL_PROBES: usize = ROW_PROBES / 4;
 
 /// When and where a block was read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +60,7 @@ pub struct ExpectedBlock {
 /// One output row to check.
 #[derive(Debug, Clone)]
 pub struct ExpectedRow {
+    pub seq: SeqId,
     pub layer: u32,
     pub qo_head: u32,
     /// Absolute position of the query.
@@ -260,6 +264,14 @@ struct Fenced {
     jobs: Vec<Job>,
 }
 
+/// The rows of a sequence whose steps run behind its loads: void if one of these fails.
+#[derive(Default)]
+struct Trial {
+    probes: usize,
+    /// Those that have been copied.
+    held: Vec<Job>,
+}
+
 /// Makes probes and has them checked by worker threads.
 pub struct Verifier {
     blocks: Entries,
@@ -270,6 +282,9 @@ pub struct Verifier {
     fenced: VecDeque<Fenced>,
     /// Fences to use again.
     spare: Vec<Fenced>,
+    trials: HashMap<SeqId, Trial>,
+    /// Sequences whose rows count for nothing; names are never used again.
+    void: HashSet<SeqId>,
     jobs: Option<SyncSender<Job>>,
     workers: Vec<JoinHandle<()>>,
     tally: Arc<Mutex<Tally>>,
@@ -309,6 +324,8 @@ impl Verifier {
             pending: Vec::new(),
             fenced: VecDeque::new(),
             spare: Vec::new(),
+            trials: HashMap::new(),
+            void: HashSet::new(),
             jobs: Some(jobs),
             workers,
             tally,
@@ -343,6 +360,13 @@ impl Verifier {
         expected: ExpectedRow,
         compute: StreamRef<'_>,
     ) -> Result<()> {
+        let on_trial: usize = self.trials.values().map(|trial| trial.probes).sum();
+        if let Some(trial) = self.trials.get_mut(&expected.seq) {
+            if on_trial >= TRIAL_PROBES {
+                return Ok(());
+            }
+            trial.probes += 1;
+        }
         let entry = loop {
             match self.rows.take() {
                 Some(entry) => break entry,
@@ -359,6 +383,34 @@ impl Verifier {
     /// Checks bytes that the host holds already.
     pub fn check_bytes(&self, data: &[u8], expected: ExpectedBlock) {
         self.send(Job::Bytes(data.to_vec(), expected));
+    }
+
+    /// From now on the rows of a sequence are held back.
+    pub fn begin_trial(&mut self, seq: SeqId) {
+        self.trials.insert(seq, Trial::default());
+    }
+
+    /// The rows of a sequence are to be checked after all, or never.
+    pub fn end_trial(&mut self, seq: SeqId, valid: bool) {
+        let held = self.trials.remove(&seq).unwrap_or_default().held;
+        match valid {
+            true => held.into_iter().for_each(|job| self.send(job)),
+            false => drop(self.void.insert(seq)),
+        }
+    }
+
+    /// Has a probe checked whose copy has ended, if it counts, once that is known.
+    fn check(&mut self, job: Job) {
+        if let Job::Row(_, expected) = &job {
+            if self.void.contains(&expected.seq) {
+                return;
+            }
+            if let Some(trial) = self.trials.get_mut(&expected.seq) {
+                trial.held.push(job);
+                return;
+            }
+        }
+        self.send(job);
     }
 
     /// Puts a fence behind the probes so far, and checks those whose fence the compute stream has passed.
@@ -384,7 +436,7 @@ impl Verifier {
     fn check_oldest(&mut self) {
         if let Some(mut fenced) = self.fenced.pop_front() {
             for job in fenced.jobs.drain(..) {
-                self.send(job);
+                self.check(job);
             }
             self.spare.push(fenced);
         }
@@ -414,7 +466,7 @@ impl Verifier {
             self.check_oldest();
         }
         for job in std::mem::take(&mut self.pending) {
-            self.send(job);
+            self.check(job);
         }
         Ok(())
     }

@@ -6,10 +6,14 @@
 //! under way that could free any, the youngest running request is preempted and starts again from what is
 //! cached. So the oldest request always gets on, and every request ends.
 //!
+//! The transfers that all this brings about are in transfers.rs.
+//!
 //! A prompt is allocated up to its hit first and appended chunk by chunk as it is scheduled: a block is
 //! findable only once the step that writes it is submitted.
 
-use std::collections::{HashSet, VecDeque};
+mod transfers;
+
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -17,8 +21,7 @@ use hybridkv::device::{Device, Event, Stream};
 use hybridkv::engine::{BatchTables, BlockStore, Engine, Fault, FileStore, SeqSlice};
 use hybridkv::error::{Error, ErrorKind, Result};
 use hybridkv::manager::{
-    BlockId, Completion, ExtraKeys, Manager, Outcome, Path, SeqId, StorageConfig, Transfer,
-    TransferId,
+    BlockId, ExtraKeys, Manager, Outcome, SeqId, StorageConfig, Transfer, TransferId,
 };
 use hybridkv::ops::Kernels;
 use hybridkv::ops::synthetic::history;
@@ -40,6 +43,8 @@ const LOOK_AHEAD: usize = 64;
 pub struct Counters {
     pub requests: u64,
     pub preemptions: u64,
+    /// Sequences whose first step ran behind their loads.
+    pub overlapped: u64,
     /// Loads that failed and were computed instead, by sequence.
     pub failed_loads: u64,
     /// Prompt tokens of all requests, and which tier served them.
@@ -97,9 +102,20 @@ struct Live {
     /// Tokens whose step has ended.
     settled: usize,
     hit_tokens: usize,
-    /// Blocks on their way up; the sequence runs once none is left.
+    /// Blocks that were on their way up.
     loads: Vec<(usize, BlockId)>,
-    loading: bool,
+    loads_are: Loads,
+}
+
+/// How the loads of a request stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Loads {
+    /// It waits for them.
+    Awaited,
+    /// Its steps run behind them, on trial.
+    Behind,
+    /// They have ended, or there were none.
+    Ended,
 }
 
 impl Live {
@@ -162,6 +178,9 @@ impl Server {
             let store = Arc::new(FileStore::open(config.clone())?);
             manager.attach_storage(StorageConfig::new(store.num_slots()), store.stored())?;
             engine.attach_storage(store, STORAGE_THREADS)?;
+        }
+        if let Some(loads) = setup.layerwise {
+            engine.load_by_layer(&setup.plan, loads)?;
         }
         for fault in faults {
             engine.inject(*fault);
@@ -324,6 +343,11 @@ impl Server {
                 false => self.counters.mixed_attention.add(&time),
             }
         }
+        if self.running.iter().any(|live| live.loads_are == Loads::Behind) {
+            // The loads that the step ran behind have ended, too: whether it counts is known now.
+            self.engine.poll(&mut self.completed)?;
+            self.take_completions()?;
+        }
         for slice in step.slices.drain(..) {
             // A preempted sequence is gone, and its name is never used again.
             let Some(at) = self.running.iter().position(|live| live.seq == slice.seq) else {
@@ -332,7 +356,7 @@ impl Server {
             let live = &mut self.running[at];
             live.settled = (slice.start + slice.tokens) as usize;
             self.manager.advance_with(live.seq, live.computed, live.settled, |_, _| {})?;
-            if live.settled == live.total() {
+            if live.settled == live.total() && live.loads_are == Loads::Ended {
                 self.end(at)?;
             }
         }
@@ -409,7 +433,7 @@ impl Server {
                 settled: allocation.hit_tokens,
                 hit_tokens: allocation.hit_tokens,
                 loads: Vec::new(),
-                loading: !allocation.loads.is_empty(),
+                loads_are: if allocation.loads.is_empty() { Loads::Ended } else { Loads::Awaited },
             };
             self.running.insert(at, live);
             self.pump()?;
@@ -471,7 +495,10 @@ impl Server {
             for at in 0..self.running.len() {
                 let live = &self.running[at];
                 let is_decoding = live.computed >= live.job.prompt_len;
-                if live.loading || live.computed == live.total() || is_decoding != decoding {
+                if live.loads_are == Loads::Awaited
+                    || live.computed == live.total()
+                    || is_decoding != decoding
+                {
                     continue;
                 }
                 let wanted = if decoding { 1 } else { live.job.prompt_len - live.computed };
@@ -560,10 +587,20 @@ impl Server {
         }
 
         compute.record(&step.start)?;
-        let Self { model, sampler, running, batch: slices, timer, .. } = self;
+        let load = self.engine.last_load(self.batch.iter().map(|slice| slice.seq));
+        let Self { model, sampler, running, batch: slices, timer, manager, engine, .. } = self;
+        let loads =
+            |slice: &SeqSlice, group| manager.loading(slice.seq, group).is_ok_and(|n| n > 0);
+        // R3, for exactly the layers that are on their way.
+        let before_layer = |layer, group| match load {
+            Some(load) if slices.iter().any(|slice| loads(slice, group)) => {
+                engine.wait_layer(load, layer, compute)
+            }
+            _ => Ok(()),
+        };
         let hashes = |seq| running.iter().find(|live| live.seq == seq).map(|live| &live.job.hashes);
         let timer = step.timed.is_some().then_some(&*timer);
-        model.step(&batch, &reaches, timer, compute, |layer, out| match sampler {
+        model.step(&batch, &reaches, timer, compute, before_layer, |layer, out| match sampler {
             Some(sampler) => sampler.sample_rows(layer, out, slices, hashes, compute),
             None => Ok(()),
         })?;
@@ -585,89 +622,11 @@ impl Server {
         Ok(())
     }
 
-    /// Starts the transfers that the manager has emitted.
-    fn pump(&mut self) -> Result<()> {
-        self.transfers.clear();
-        while let Some(transfer) = self.manager.next_transfer() {
-            self.transfers.push(transfer);
-            match (transfer.path, transfer.seq) {
-                (Path::Onboard { to, .. }, Some(seq)) => {
-                    if let Some(live) = self.running.iter_mut().find(|live| live.seq == seq) {
-                        let group = transfer.group as usize;
-                        live.loads.push((group, to));
-                        if let Some(sampler) = &mut self.sampler {
-                            let table = self.manager.table(seq, group)?;
-                            let index = table.iter().position(|&id| id == to);
-                            sampler.note_load(group, to, index, &live.job.hashes);
-                        }
-                    }
-                }
-                (Path::Offload { from, to }, _) => {
-                    if let Some(sampler) = &mut self.sampler {
-                        sampler.offload_started(transfer.id, transfer.group as usize, from, to);
-                    }
-                }
-                _ => {}
-            }
-        }
-        self.engine.submit(&self.transfers, (*self.compute).as_ref())
-    }
-
-    /// Tells the manager how transfers ended, and checks host slots.
-    fn take_completions(&mut self) -> Result<()> {
-        let mut completed = std::mem::take(&mut self.completed);
-        for (id, outcome) in completed.drain(..) {
-            if let Some(sampler) = &mut self.sampler {
-                sampler.transfer_ended(id, outcome, &self.engine)?;
-            }
-            let completion = self.manager.complete(id, outcome)?;
-            self.hear(completion)?;
-            self.hear_all()?;
-        }
-        self.completed = completed;
-        self.pump()
-    }
-
-    /// Takes what the manager has to tell besides its answers to completions.
-    fn hear_all(&mut self) -> Result<()> {
-        while let Some(completion) = self.manager.next_completion() {
-            self.hear(completion)?;
-        }
-        Ok(())
-    }
-
-    fn hear(&mut self, completion: Completion) -> Result<()> {
-        match completion {
-            Completion::Pending => {}
-            Completion::Ready { seq, valid_tokens } => self.loaded(seq, valid_tokens)?,
-            Completion::Dropped { seq } => {
-                if let Some(at) = self.running.iter().position(|live| live.seq == seq) {
-                    self.counters.failed_loads += 1;
-                    self.requeue(at);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// A sequence's loads have ended: it runs from its first `valid_tokens` on.
-    fn loaded(&mut self, seq: SeqId, valid_tokens: usize) -> Result<()> {
-        let Some(at) = self.running.iter().position(|live| live.seq == seq) else { return Ok(()) };
-        let live = &mut self.running[at];
-        live.loading = false;
-        if valid_tokens < live.hit_tokens {
-            self.counters.failed_loads += 1;
-        }
-        live.hit_tokens = valid_tokens;
-        live.computed = valid_tokens;
-        live.settled = valid_tokens;
-        self.sample_hit(at)
-    }
-
     /// Frees the youngest running request and puts it back in line.
     fn preempt_youngest(&mut self) -> Result<()> {
         let at = self.running.len() - 1;
         self.manager.free(self.running[at].seq)?;
+        self.end_trial(at, false);
         self.counters.preemptions += 1;
         self.requeue(at);
         Ok(())
@@ -680,16 +639,6 @@ impl Server {
         let index = live.job.request.index;
         let at = self.waiting.partition_point(|job| job.request.index < index);
         self.waiting.insert(at, Job { prompt_len, preempted: true, ..live.job });
-    }
-
-    /// Samples the blocks of a prefix hit that is whole now.
-    fn sample_hit(&mut self, at: usize) -> Result<()> {
-        let live = &mut self.running[at];
-        let loads: HashSet<(usize, BlockId)> = live.loads.drain(..).collect();
-        let Some(sampler) = &mut self.sampler else { return Ok(()) };
-        let compute = (*self.compute).as_ref();
-        let (sequence, tokens) = (live.as_sequence(), live.hit_tokens);
-        sampler.sample_hit(sequence, tokens, &loads, &self.manager, &self.engine, compute)
     }
 }
 
