@@ -288,7 +288,7 @@ impl Managed {
                     sequence.loading = false;
                 }
             }
-            Completion::Dropped { seq } => drop(self.live.remove(&seq)),
+            Completion::Dropped { seq } | Completion::Void { seq } => drop(self.live.remove(&seq)),
         }
     }
 }
