@@ -395,28 +395,38 @@ pub(super) fn cache(
     }
     let tokens = if sequence.repaired { sequence.computed } else { sequence.tokens.len() };
     let end = align_down(tokens, policy.alignment);
-    for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
+    let Sequence { tokens, boundaries, rows, .. } = sequence;
+    let hashes = tokens.hashes();
+    for (g, (group, row)) in groups.iter().zip(rows).enumerate() {
         let considered = std::mem::replace(&mut row.considered, end / group.block_size);
-        let mut before = 0;
-        for b in considered..row.considered {
-            if b == considered || b % Order::STRIDE == 0 {
-                // The blocks up to here have one memory, which goes by the last of them.
-                let last = b - b % Order::STRIDE + Order::STRIDE - 1;
-                before = 0;
-                if last < row.considered && policy.keeps(group, &sequence.boundaries, last) {
-                    let key = sequence.tokens.hashes()[group.key_index(last)].key(g);
-                    before = device.pool.order.recall(key, !group.is_full());
-                }
-            }
-            let id = row.table[b];
+        let mut next = considered;
+        while next < row.considered {
+            // The blocks of a stride have one memory, which goes by the last of them.
+            let last = next - next % Order::STRIDE + Order::STRIDE - 1;
+            let stride = next..row.considered.min(last + 1);
+            next = stride.end;
             // A block of a forked sequence can have been cached for another one: by the same tokens, so
             // under the same hash.
-            if id != NULL
-                && !device.pool.block(id).cached
-                && policy.keeps(group, &sequence.boundaries, b)
-            {
-                let hash = sequence.tokens.hashes()[group.key_index(b)];
-                device.insert(g, hash, b, id, (before, !group.is_full()));
+            let (mut kept, mut count) = ([0; Order::STRIDE], 0);
+            for b in stride {
+                let id = row.table[b];
+                if id != NULL && !device.pool.block(id).cached && policy.keeps(group, boundaries, b)
+                {
+                    kept[count] = b;
+                    count += 1;
+                }
+            }
+            let kept = kept[..count].iter().map(|&b| (b, &hashes[group.key_index(b)]));
+            device.warm(g, kept.clone().map(|(_, hash)| hash));
+            let before = match last < row.considered && policy.keeps(group, boundaries, last) {
+                true => {
+                    let key = hashes[group.key_index(last)].key(g);
+                    device.pool.order.recall(key, !group.is_full())
+                }
+                false => 0,
+            };
+            for (b, &hash) in kept {
+                device.insert(g, hash, b, row.table[b], (before, !group.is_full()));
                 events.push(EventKind::Stored, g as u32, Tier::Device, b as u32, hash);
             }
         }

@@ -65,14 +65,14 @@ pub(super) fn grow(
     mut new_block: impl FnMut(usize, BlockId),
 ) {
     let Grower { groups, policy, device, copies, events } = grower;
-    let mut take = |device: &mut DeviceTier, g: usize| {
-        let id = device.take(g, events);
-        debug_assert!(id.is_some(), "room was checked");
-        id.inspect(|&id| new_block(g, id))
-    };
     for (g, (group, row)) in groups.iter().zip(rows).enumerate() {
+        let mut take = |device: &mut DeviceTier| {
+            let id = device.take(g, events);
+            debug_assert!(id.is_some(), "room was checked");
+            id.inspect(|&id| new_block(g, id))
+        };
         if let Some(b) = shared_tail(group, &device.pool, &row.table, before)
-            && let Some(to) = take(device, g)
+            && let Some(to) = take(device)
         {
             let from = std::mem::replace(&mut row.table[b], to);
             copies.push_back(BlockCopy { group: g as u32, from, to });
@@ -90,7 +90,7 @@ pub(super) fn grow(
             }
             for b in states {
                 let id = match std::mem::replace(&mut slot, NULL) {
-                    NULL => take(device, g),
+                    NULL => take(device),
                     slot => Some(slot),
                 };
                 let Some(id) = id else { return };
@@ -99,10 +99,12 @@ pub(super) fn grow(
             }
             continue;
         }
-        for _ in row.table.len()..goal.slots.div_ceil(group.block_size) {
-            let Some(id) = take(device, g) else { return };
+        let lacks = goal.slots.div_ceil(group.block_size).saturating_sub(row.table.len());
+        row.table.reserve(lacks);
+        device.take_each(g, lacks, events, |id| {
             row.table.push(id);
-        }
+            new_block(g, id);
+        });
     }
 }
 

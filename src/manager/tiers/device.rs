@@ -8,6 +8,9 @@ use super::super::pool::{NULL, Pool};
 use super::super::stats::TierStats;
 use super::index::{Index, Tag};
 
+/// Blocks that are handled together where there are many, so that they wait for memory together.
+pub(in super::super) const BATCH: usize = 32;
+
 /// Pool and prefix index.
 pub(in super::super) struct DeviceTier {
     pub pool: Pool,
@@ -89,9 +92,41 @@ impl DeviceTier {
         self.index.replace(tag, id, next);
     }
 
+    /// Says that these hashes are about to be looked for or inserted.
+    pub fn warm<'a>(&self, group: usize, hashes: impl Iterator<Item = &'a BlockHash>) {
+        self.index.warm(hashes.map(|hash| Tag::new(group, hash)));
+    }
+
     /// Takes the next block of the pool for one user of a group, dropping what it cached.
     pub fn take(&mut self, group: usize, events: &mut Events) -> Option<BlockId> {
         let id = self.pool.take()?;
+        self.empty(id, group, events);
+        Some(id)
+    }
+
+    /// Takes `count` blocks, or all there are, and gives each to `taken`.
+    pub fn take_each(
+        &mut self,
+        group: usize,
+        count: usize,
+        events: &mut Events,
+        mut taken: impl FnMut(BlockId),
+    ) {
+        let mut ids = [NULL; BATCH];
+        for first in (0..count).step_by(BATCH) {
+            let ids = &mut ids[..BATCH.min(count - first)];
+            ids.fill_with(|| self.pool.take().unwrap_or(NULL));
+            let cached = ids.iter().map(|&id| self.pool.block(id)).filter(|block| block.cached);
+            self.index.warm(cached.map(|block| Tag::new(block.group.into(), &block.hash)));
+            for &id in ids.iter().filter(|&&id| id != NULL) {
+                self.empty(id, group, events);
+                taken(id);
+            }
+        }
+    }
+
+    /// Drops what a block cached that was taken for a group.
+    fn empty(&mut self, id: BlockId, group: usize, events: &mut Events) {
         let block = *self.pool.block(id);
         if block.cached {
             if is_last_of_stride(block.index as usize) {
@@ -103,7 +138,6 @@ impl DeviceTier {
             events.push(EventKind::Removed, group, Tier::Device, index, block.hash);
         }
         self.pool.block_mut(id).group = group as u16;
-        Some(id)
     }
 
     /// Drops every hash; the order of the free queue stays.

@@ -36,6 +36,11 @@ impl Index {
         size_of_val(self.cells.as_slice())
     }
 
+    /// Reads the cells of tags that are about to be used, so that their ways through memory overlap.
+    pub fn warm(&self, tags: impl Iterator<Item = Tag>) {
+        std::hint::black_box(tags.fold(0, |sum, tag| sum ^ self.cells[self.home(tag)]));
+    }
+
     /// The place under a tag for which `is_it` holds.
     pub fn find(&self, tag: Tag, is_it: impl Fn(u32) -> bool) -> Option<u32> {
         let mut at = self.home(tag);
