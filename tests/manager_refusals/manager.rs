@@ -27,6 +27,8 @@ struct Sequence {
     settled: usize,
     /// Waits for loads.
     loading: bool,
+    /// Its steps run behind its loads.
+    behind: bool,
     /// Has submitted a step of its own.
     begun: bool,
 }
@@ -215,6 +217,7 @@ impl Managed {
             computed: given.hit_tokens,
             settled: given.hit_tokens,
             loading: !given.loads.is_empty(),
+            behind: false,
             begun: false,
         };
         // Nobody may answer what has not been handed out.
@@ -261,7 +264,7 @@ impl Managed {
 
     fn why_not_append(&self, a: &Args) -> Reasons {
         let (len, more) = (self.live.get(&a.seq).map_or(0, |s| s.len), a.raw.tokens.len());
-        self.of_live(a.seq, |s| s.loading || more == 0)
+        self.of_live(a.seq, |s| s.loading && !s.behind || more == 0)
             .when(self.live.contains_key(&a.seq) && len + more > MOST as usize, "TooLong")
             .or(&CAPACITY)
     }
@@ -269,7 +272,7 @@ impl Managed {
     fn why_not_advance(&self, a: &Args) -> Reasons {
         self.of_live(a.seq, |s| {
             let back = a.n < s.computed || a.m < s.settled;
-            back || a.m > a.n || a.n > s.len || s.loading
+            back || a.m > a.n || a.n > s.len || s.loading && !s.behind
         })
     }
 
@@ -284,7 +287,9 @@ impl Managed {
             Completion::Ready { seq, valid_tokens } => {
                 // It may have been freed before it was told.
                 if let Some(sequence) = self.live.get_mut(&seq) {
-                    (sequence.computed, sequence.settled) = (valid_tokens, valid_tokens);
+                    if !sequence.behind {
+                        (sequence.computed, sequence.settled) = (valid_tokens, valid_tokens);
+                    }
                     sequence.loading = false;
                 }
             }
@@ -446,6 +451,26 @@ fn methods() -> Vec<Method<Managed>> {
         ),
         method("block_row", 1, |s, a| show(s.m.block_row(a.seq, a.raw.group)), Managed::of_group),
         method("table", 1, |s, a| show(s.m.table(a.seq, a.raw.group)), Managed::of_group),
+        method("loading", 1, |s, a| show(s.m.loading(a.seq, a.raw.group)), Managed::of_group),
+        method(
+            "overlap",
+            20,
+            |s, a| {
+                s.m.overlap(a.seq)?;
+                let sequence = s.live.get_mut(&a.seq).unwrap();
+                sequence.behind |= sequence.loading;
+                show(Ok(()))
+            },
+            |s, a| {
+                let groups = &s.m.config().groups;
+                let inside = |n: usize| groups.iter().any(|g| n % g.block_size as usize > 0);
+                let waiting: &[&str] = match s.live.get(&a.seq) {
+                    Some(sequence) if sequence.loading => &["NotReady"],
+                    _ => &[],
+                };
+                s.of_live(a.seq, |of| of.loading && inside(of.computed)).or(waiting)
+            },
+        ),
         method("forget", 2, |s, a| show(s.m.forget(a.seq, a.raw.group, a.n)), Managed::of_group),
         method(
             "state_step",
@@ -801,6 +826,8 @@ fn a_manager_never_knows_what_it_refused() {
         "prioritize",
         "block_row",
         "table",
+        "loading",
+        "overlap",
         "forget",
         "state_step",
         "fork",
