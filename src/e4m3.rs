@@ -44,6 +44,22 @@ pub fn from_f32(value: f32) -> u8 {
     sign | code
 }
 
+/// The scale with which `append` stores a row that has its own: the largest magnitude becomes [`MAX`]. NaN is
+/// passed over; no scale is less than [`LEAST_SCALE`].
+pub fn row_scale(row: &[f32]) -> f32 {
+    let largest = row.iter().fold(0f32, |max, x| max.max(x.abs()));
+    (largest / MAX).max(LEAST_SCALE)
+}
+
+/// The elements with which `append` stores a row under a scale, in f32 arithmetic, to the bit. The shorter of
+/// row and target counts.
+pub fn quantise(row: &[f32], scale: f32, target: &mut [u8]) {
+    let inverse = 1.0 / scale;
+    for (element, x) in target.iter_mut().zip(row) {
+        *element = from_f32(x * inverse);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

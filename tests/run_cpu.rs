@@ -50,6 +50,24 @@ fn every_attention_kind_serves() {
 }
 
 #[test]
+fn quantised_blocks_are_evicted_restored_and_verified_with_their_scales() {
+    for scales in ["token", "head"] {
+        let quantised = ["--kv-dtype", "e4m3", "--kv-scales", scales, "--requests", "80"];
+        let (code, figures) = figures(scales, &[SMALL, &quantised].concat());
+        assert_verified(code, &figures);
+        assert!(count(&figures, "/device_tier/evicted_blocks") > 0, "{figures:#}");
+        let bits = figures["model"]["kv"].as_str().expect("a string");
+        assert!(bits.starts_with("e4m3") && bits.contains(scales), "{bits}");
+        // The error of 16-bit arithmetic on the numbers that were stored, not that of storing them.
+        let worst = figures["verified"]["worst_row_error"].as_f64().expect("a number");
+        assert!(worst < 5e-3, "{worst}");
+    }
+    let lying = ["--kv-dtype", "e4m3", "--requests", "60", "--fault", "corrupt:onboard"];
+    let (code, figures) = figures("lying", &[SMALL, &lying].concat());
+    assert_eq!((code, count(&figures, "/verified/wrong_blocks") > 0), (Some(1), true));
+}
+
+#[test]
 fn streams_in_adversarial_order_change_nothing() {
     for seed in 0..4 {
         let device = format!("cpu-deferred:{seed}");

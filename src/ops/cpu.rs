@@ -72,18 +72,13 @@ pub(crate) unsafe fn append(p: &abi::hkv_append_params) {
     }
 }
 
-/// One row to e4m3, in f32 arithmetic as kernels/append.cu has it, to the bit. The scale is read, or computed
-/// and written.
+/// One row to e4m3. The scale is read, or computed and written.
 fn quantise(row: &[f64], target: &mut [u8], scale: &mut f32, compute: bool) {
+    let row: Vec<f32> = row.iter().map(|&x| x as f32).collect();
     if compute {
-        // `max` passes NaN over.
-        let largest = row.iter().fold(0f32, |max, x| max.max(x.abs() as f32));
-        *scale = (largest / e4m3::MAX).max(e4m3::LEAST_SCALE);
+        *scale = e4m3::row_scale(&row);
     }
-    let inverse = 1.0 / *scale;
-    for (element, x) in target.iter_mut().zip(row) {
-        *element = e4m3::from_f32(*x as f32 * inverse);
-    }
+    e4m3::quantise(&row, *scale, target);
 }
 
 /// Attention of a batch over one layer; partial states when `num_splits` is more than 1.

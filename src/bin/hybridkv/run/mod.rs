@@ -1,6 +1,7 @@
 //! `hybridkv run`: the main job. Serves many multi-turn conversations against a device pool too small for
 //! them, so that they are evicted to the host and restored, and verifies what comes back.
 
+mod content;
 mod conversations;
 mod model;
 mod progress;
@@ -17,6 +18,7 @@ use hybridkv::engine::{Fault, FaultKind};
 use hybridkv::error::{Error, ErrorKind, Result};
 use hybridkv::manager::{Direction, WritePolicy};
 
+use content::Scales;
 use progress::Progress;
 use report::Report;
 use server::Server;
@@ -61,6 +63,12 @@ pub struct Args {
     /// Tokens per block.
     #[arg(long, default_value_t = 16)]
     pub block_size: u32,
+    /// Element type of the cached keys and values [default: the model's].
+    #[arg(long, value_enum)]
+    pub kv_dtype: Option<KvDtype>,
+    /// Which keys and values of 8 bits share a scale.
+    #[arg(long, value_enum, default_value_t = Scales::Token, requires = "kv_dtype")]
+    pub kv_scales: Scales,
     /// A Mooncake trace (JSONL) [default: built-in multi-turn conversations].
     #[arg(long)]
     pub trace: Option<String>,
@@ -90,6 +98,13 @@ pub struct Args {
     /// corrupt, short, unordered and offload, onboard, persist, fetch.
     #[arg(long = "fault", value_name = "FAULT")]
     pub faults: Vec<InjectedFault>,
+}
+
+/// Types that keys and values are converted to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum KvDtype {
+    /// 8-bit floats with scales.
+    E4m3,
 }
 
 /// Write policies as the command line names them.

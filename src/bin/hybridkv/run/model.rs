@@ -6,10 +6,12 @@ use std::sync::Arc;
 use hybridkv::device::{Device, DeviceBuffer, Event, Span, StreamRef};
 use hybridkv::engine::{Batch, Engine, SeqSlice};
 use hybridkv::error::{Error, Result};
-use hybridkv::layout::KvView;
-use hybridkv::ops::synthetic::{Distribution, SyntheticArgs, splitmix64};
+use hybridkv::layout::{Dtype, KvShape, KvView};
+use hybridkv::ops::synthetic::{SyntheticArgs, splitmix64};
 use hybridkv::ops::{AppendArgs, AttentionArgs, HeadStrides, Kernels, WindowTable};
 use hybridkv::spec::{AttentionKind, GroupPlan, ModelSpec};
+
+use super::content::Content;
 
 /// What the attention of one group's layers touches in a batch.
 #[derive(Debug, Clone, Copy, Default)]
@@ -64,8 +66,12 @@ pub struct Model {
     spec: ModelSpec,
     /// Layer group of each layer.
     groups: Vec<u32>,
+    /// Type of queries, outputs and new keys and values.
+    dtype: Dtype,
     /// Per group.
     views: Vec<KvView>,
+    /// What the views' shared scales lie in.
+    _scales: Vec<DeviceBuffer>,
     windows: DeviceBuffer,
     distribution: DeviceBuffer,
     sink_logits: Option<DeviceBuffer>,
@@ -84,13 +90,11 @@ impl Model {
         spec: &ModelSpec,
         plan: &GroupPlan,
         sink_logits: &[f32],
+        content: &Content,
         max_tokens: usize,
     ) -> Result<Self> {
         let device = kernels.device().clone();
-        let dtype = spec.layers[0].shape.dtype;
-        if spec.layers.iter().any(|layer| layer.shape.dtype != dtype) {
-            return Err(Error::invalid("run", "all layers must have one KV type"));
-        }
+        let dtype = content.elements().dtype;
         let mut groups = vec![0; spec.layers.len()];
         for (g, group) in plan.groups.iter().enumerate() {
             for &layer in &group.layers {
@@ -111,10 +115,18 @@ impl Model {
             [] => None,
             logits => Some(device.upload(logits)?),
         };
+        let (mut views, mut scales) = (Vec::new(), Vec::new());
+        for (group, native) in plan.groups.iter().zip(engine.kv_views(plan)?) {
+            let (view, shared) = content.view(&device, group, native)?;
+            views.push(view);
+            scales.extend(shared);
+        }
         Ok(Self {
-            views: engine.kv_views(plan)?,
+            views,
+            _scales: scales,
+            dtype,
             windows: device.upload(&plan.window_table())?,
-            distribution: device.upload(Distribution::embedded(dtype)?.elements())?,
+            distribution: device.upload(content.distribution().elements())?,
             sink_logits,
             q: device.alloc(qo)?,
             k_new: device.alloc(kv)?,
@@ -155,7 +167,7 @@ impl Model {
                 q: self.q.span(),
                 k_new: self.k_new.span(),
                 v_new: self.v_new.span(),
-                shape,
+                shape: KvShape { dtype: self.dtype, ..shape },
                 num_qo_heads,
                 layer,
                 num_tokens: batch.num_tokens,
@@ -163,7 +175,7 @@ impl Model {
             let append = AppendArgs {
                 k_new: self.k_new.span(),
                 v_new: self.v_new.span(),
-                dtype: shape.dtype,
+                dtype: self.dtype,
                 new_strides: kv_strides,
                 kv: self.views[group],
                 slot_mapping: batch.slot_mapping,
@@ -177,7 +189,7 @@ impl Model {
                 q_strides: qo_strides,
                 out: self.out.span(),
                 out_strides: qo_strides,
-                dtype: shape.dtype,
+                dtype: self.dtype,
                 lse: None,
                 kv: self.views[group],
                 qo_indptr: batch.qo_indptr,

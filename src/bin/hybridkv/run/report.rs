@@ -56,6 +56,8 @@ pub struct Model {
     pub num_qo_heads: u32,
     pub num_kv_heads: u32,
     pub head_dim: u32,
+    /// Type of the cached keys and values, in words.
+    pub kv: String,
     pub block_bytes: usize,
 }
 
@@ -138,6 +140,7 @@ impl Report {
                 num_qo_heads: setup.spec.num_qo_heads,
                 num_kv_heads: shape.num_kv_heads,
                 head_dim: shape.head_dim,
+                kv: setup.elements.describe_kv(),
                 block_bytes: setup.plan.block_bytes,
             },
             workload: setup.workload.describe(),
@@ -176,7 +179,7 @@ impl Report {
                 rows: tally.rows,
                 wrong_rows: tally.wrong_rows,
                 worst_row_error: tally.worst_row_error,
-                row_tolerance: super::verify::row_tolerance(shape.dtype),
+                row_tolerance: setup.elements.row_tolerance(),
                 mismatches: tally.messages,
             },
         }
@@ -189,14 +192,15 @@ impl Report {
             (
                 "model",
                 format!(
-                    "{}: {} layers in {} groups ({}), {} query and {} KV heads of {}",
+                    "{}: {} layers in {} groups ({}), {} query and {} KV heads of {}, {} keys and values",
                     self.model.name,
                     self.model.layers,
                     self.model.groups.len(),
                     self.model.groups.join(", "),
                     self.model.num_qo_heads,
                     self.model.num_kv_heads,
-                    self.model.head_dim
+                    self.model.head_dim,
+                    self.model.kv
                 ),
             ),
             ("workload", self.workload.clone()),

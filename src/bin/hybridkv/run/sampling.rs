@@ -51,7 +51,7 @@ impl Sampler {
             .spec
             .layers
             .iter()
-            .map(|layer| layer.shape.head_dim as usize * layer.shape.dtype.bytes())
+            .map(|layer| layer.shape.head_dim as usize * setup.elements.dtype.bytes())
             .collect();
         Ok(Self {
             verifier: Verifier::new(device, Arc::new(oracle))?,

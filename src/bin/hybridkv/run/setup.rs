@@ -6,8 +6,9 @@ use hybridkv::error::{Error, Result};
 use hybridkv::manager::{Eviction, GroupConfig, HostConfig, ManagerConfig, Retention};
 use hybridkv::spec::{AttentionKind, GroupPlan, LayerSpec, ModelSpec};
 
+use super::content::Elements;
 use super::conversations::{Conversations, Sizes};
-use super::{Args, Onboard};
+use super::{Args, KvDtype, Onboard};
 use crate::trace::{Trace, output_token};
 use crate::values::{load_model, parse_bytes};
 
@@ -94,6 +95,7 @@ impl Workload {
 
 /// Everything a run is made of.
 pub struct Setup {
+    pub elements: Elements,
     pub spec: ModelSpec,
     pub plan: GroupPlan,
     pub workload: Workload,
@@ -149,6 +151,16 @@ impl Setup {
                 "attention layers only: there is no kernel here that computes states",
             ));
         }
+        let elements = Elements {
+            dtype: spec.layers[0].shape.dtype,
+            scales: args.kv_dtype.map(|KvDtype::E4m3| args.kv_scales),
+        };
+        for LayerSpec { shape, .. } in &mut spec.layers {
+            if shape.dtype != elements.dtype {
+                return Err(Error::invalid("run", "all layers must have one KV type"));
+            }
+            shape.dtype = elements.kv_dtype();
+        }
         let plan = spec.group(args.block_size)?;
 
         let shrink = if on_cpu { CPU_SHRINK } else { 1 };
@@ -198,7 +210,7 @@ impl Setup {
             in_flight_tokens: u32::try_from(STEPS_IN_FLIGHT * max_batch_tokens).unwrap_or(u32::MAX),
             host: (engine.num_slots > 0)
                 .then(|| HostConfig::new(engine.num_slots).with_write(args.write.into())),
-            identity: identity(&spec, &plan),
+            identity: identity(elements, &spec, &plan),
         };
         let storage = match &args.storage {
             Some(path) => Some(FileStoreConfig {
@@ -214,6 +226,7 @@ impl Setup {
         let min_bytes = if on_cpu { 0 } else { LayerwiseLoads::default().min_bytes };
         let layerwise = LayerwiseLoads { min_bytes, ..LayerwiseLoads::default() };
         Ok(Self {
+            elements,
             spec,
             plan,
             storage,
@@ -269,6 +282,6 @@ fn shrink_model(spec: &mut ModelSpec, layers: Option<u32>, notes: &mut Vec<Strin
 }
 
 /// What a cached block of this run is of: seeds the hashes.
-fn identity(spec: &ModelSpec, plan: &GroupPlan) -> [u8; 32] {
-    *blake3::hash(format!("synthetic {spec:?} {plan:?}").as_bytes()).as_bytes()
+fn identity(elements: Elements, spec: &ModelSpec, plan: &GroupPlan) -> [u8; 32] {
+    *blake3::hash(format!("synthetic {elements:?} {spec:?} {plan:?}").as_bytes()).as_bytes()
 }

@@ -11,20 +11,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use half::{bf16, f16};
 use hybridkv::device::{Device, Event, PinnedBuffer, Span, StreamRef};
 use hybridkv::error::{Error, ErrorKind, Result};
-use hybridkv::layout::Dtype;
 use hybridkv::manager::SeqId;
-use hybridkv::ops::synthetic::{Distribution, Tensor};
+use hybridkv::ops::synthetic::Tensor;
 use hybridkv::reference::{self, Logits};
 use hybridkv::spec::{GroupPlan, LayerGroup, ModelSpec};
 
-/// Largest relative 2-norm error of one output row: twice what is allowed for a whole tensor
-/// (4e-3 in bf16, 5e-4 in f16), because a row does not average over the others.
-pub fn row_tolerance(dtype: Dtype) -> f64 {
-    if dtype == Dtype::F16 { 1e-3 } else { 8e-3 }
-}
+use super::content::{Content, decode};
 
 /// Block probes in flight.
 const BLOCK_PROBES: usize = 128;
@@ -110,43 +104,38 @@ pub struct Oracle {
     pub plan: GroupPlan,
     /// Learned sink logits per query head; empty when the model has none.
     pub sink_logits: Vec<f32>,
-    distributions: [Distribution; 2],
+    pub content: Arc<Content>,
 }
 
 impl Oracle {
-    pub fn new(spec: ModelSpec, plan: GroupPlan, sink_logits: Vec<f32>) -> Result<Self> {
-        let distributions =
-            [Distribution::embedded(Dtype::Bf16)?, Distribution::embedded(Dtype::F16)?];
-        Ok(Self { spec, plan, sink_logits, distributions })
-    }
-
-    fn distribution(&self, dtype: Dtype) -> &Distribution {
-        &self.distributions[usize::from(dtype == Dtype::F16)]
-    }
-
     /// Compares a native block with what it must hold; the first difference, in words.
     fn check_block(&self, data: &[u8], expected: &ExpectedBlock) -> Result<(), String> {
         let group: &LayerGroup = &self.plan.groups[expected.group];
         let shape = group.shape;
-        let dim = shape.head_dim as usize;
-        let block_size = group.block_size as usize;
-        let distribution = self.distribution(shape.dtype);
-        let mut want = vec![0u16; dim];
-        for (slot, &layer) in group.layers.iter().enumerate() {
-            for (half, tensor) in [(0, Tensor::K), (1, Tensor::V)] {
-                for head in 0..shape.num_kv_heads {
-                    let row = (slot * 2 + half) * shape.num_kv_heads as usize + head as usize;
+        let (dim, heads) = (shape.head_dim as usize, shape.num_kv_heads as usize);
+        let (block_size, row_bytes) = (group.block_size as usize, dim * shape.dtype.bytes());
+        let slot_bytes = shape.token_bytes() * block_size;
+        for (&layer, slot) in group.layers.iter().zip(data.chunks_exact(slot_bytes)) {
+            let (elements, scales) = slot.split_at(shape.element_bytes() * block_size);
+            for (half, tensor) in [Tensor::K, Tensor::V].into_iter().enumerate() {
+                for head in 0..heads {
                     for (token, &hash) in expected.hashes.iter().enumerate() {
-                        distribution.fill(hash, layer, tensor, head, &mut want);
-                        let at = (row * block_size + token) * dim * 2;
-                        let have = &data[at..at + dim * 2];
-                        if have != bytemuck::cast_slice::<u16, u8>(&want) {
-                            return Err(format!(
-                                "group {}, layer {layer}, {tensor:?}, kv head {head}, token {token} of the \
-                                 block differs",
-                                expected.group
-                            ));
-                        }
+                        let at = (half * heads + head) * block_size + token;
+                        let want = self.content.row(hash, layer, tensor, head as u32, dim);
+                        let what = if elements[at * row_bytes..(at + 1) * row_bytes] != want.bytes {
+                            "row"
+                        } else if let Some(scale) = want.scale
+                            && scales[4 * at..4 * at + 4] != scale.to_ne_bytes()
+                        {
+                            "scale"
+                        } else {
+                            continue;
+                        };
+                        return Err(format!(
+                            "the {what} of group {}, layer {layer}, {tensor:?}, kv head {head}, token {token} of \
+                             the block differs",
+                            expected.group
+                        ));
                     }
                 }
             }
@@ -156,25 +145,18 @@ impl Oracle {
 
     /// Relative 2-norm error of an output row.
     fn row_error(&self, data: &[u8], expected: &ExpectedRow) -> f64 {
-        let layer = &self.spec.layers[expected.layer as usize];
+        let (content, layer) = (&self.content, &self.spec.layers[expected.layer as usize]);
         let dim = layer.shape.head_dim as usize;
-        let dtype = layer.shape.dtype;
-        let distribution = self.distribution(dtype);
         let kv_head = expected.qo_head * layer.shape.num_kv_heads / self.spec.num_qo_heads;
-        let mut bits = vec![0u16; dim];
-        let mut draw = |position: usize, tensor, head, out: &mut Vec<f64>| {
-            let hash = expected.hashes[position];
-            distribution.fill(hash, expected.layer, tensor, head, &mut bits);
-            out.extend(bits.iter().map(|&b| decode(dtype, b)));
-        };
-        let mut query = Vec::with_capacity(dim);
-        draw(expected.position, Tensor::Q, expected.qo_head, &mut query);
+        let hash = expected.hashes[expected.position];
+        let query = content.query(hash, expected.layer, expected.qo_head, dim);
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         let query_at = expected.position as i64;
-        for key in 0..=expected.position {
+        for (key, &hash) in expected.hashes[..=expected.position].iter().enumerate() {
             if reference::sees(layer.kind, layer.sink_tokens, query_at, key as i64) {
-                draw(key, Tensor::K, kv_head, &mut keys);
-                draw(key, Tensor::V, kv_head, &mut values);
+                for (tensor, rows) in [(Tensor::K, &mut keys), (Tensor::V, &mut values)] {
+                    rows.extend(content.numbers(hash, expected.layer, tensor, kv_head, dim));
+                }
             }
         }
         let visible: Vec<usize> = (0..keys.len() / dim).collect();
@@ -184,19 +166,13 @@ impl Oracle {
             sink: self.sink_logits.get(expected.qo_head as usize).map(|&sink| sink as f64),
         };
         let want = reference::attend(&query, &keys, &values, &visible, logits).out;
+        let dtype = content.elements().dtype;
         let have: Vec<f64> = data[..dim * 2]
             .chunks_exact(2)
             .map(|bytes| decode(dtype, u16::from_le_bytes([bytes[0], bytes[1]])))
             .collect();
         let comparison = reference::compare(&have, &want, dim, 0.0);
         if comparison.misplaced > 0 { f64::INFINITY } else { comparison.relative }
-    }
-}
-
-fn decode(dtype: Dtype, bits: u16) -> f64 {
-    match dtype {
-        Dtype::F16 => f16::from_bits(bits).to_f64(),
-        _ => bf16::from_bits(bits).to_f64(),
     }
 }
 
@@ -502,11 +478,10 @@ fn work(oracle: &Oracle, queue: &Mutex<Receiver<Job>>, tally: &Mutex<Tally>) {
             Ok(Job::Bytes(data, expected)) => check_block(oracle, &data, &expected, tally),
             Ok(Job::Row(entry, expected)) => {
                 let error = oracle.row_error(entry.data(), &expected);
-                let layer = &oracle.spec.layers[expected.layer as usize];
                 let mut tally = lock(tally);
                 tally.rows += 1;
                 tally.worst_row_error = tally.worst_row_error.max(error);
-                let right = error <= row_tolerance(layer.shape.dtype);
+                let right = error <= oracle.content.elements().row_tolerance();
                 if !right {
                     tally.wrong_rows += 1;
                     tally.complain(format!(

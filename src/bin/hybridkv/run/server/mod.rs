@@ -26,6 +26,7 @@ use hybridkv::manager::{
 use hybridkv::ops::Kernels;
 use hybridkv::ops::synthetic::history;
 
+use super::content::Content;
 use super::model::{LayerTimer, Model, Reach, sink_logits};
 use super::sampling::{Sampler, Sequence};
 use super::setup::{Request, STEPS_IN_FLIGHT, Setup};
@@ -192,11 +193,14 @@ impl Server {
             unsafe { (*compute).as_ref().fill(pool.address, 0xFF, pool.bytes as usize)? };
         }
         let sinks = sink_logits(&setup.spec);
-        let model =
-            Model::new(kernels, &engine, &setup.spec, &setup.plan, &sinks, setup.max_batch_tokens)?;
+        let content = Arc::new(Content::new(setup.elements)?);
+        let (spec, plan) = (&setup.spec, &setup.plan);
+        let most = setup.max_batch_tokens;
+        let model = Model::new(kernels, &engine, spec, plan, &sinks, &content, most)?;
         let sampler = match setup.verify > 0.0 {
             true => {
-                let oracle = Oracle::new(setup.spec.clone(), setup.plan.clone(), sinks)?;
+                let (spec, plan) = (spec.clone(), plan.clone());
+                let oracle = Oracle { spec, plan, sink_logits: sinks, content };
                 Some(Sampler::new(device, &setup, oracle)?)
             }
             false => None,
