@@ -22,6 +22,7 @@
 #include "policy/query_rows.cuh"
 #include "policy/softmax_state.cuh"
 #include "policy/swizzle.cuh"
+#include "policy/tree_row.cuh"
 #include "policy/visibility.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/grid_dependency.cuh"
@@ -36,6 +37,7 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 
 // What a CTA needs now and then. It lies in shared memory: registers are for the rows' states and
 // for the walk along the keys.
+template <int kRows>
 struct Work {
   QueryRows rows;
   int32_t row0;  // first row of the CTA's tile
@@ -44,6 +46,8 @@ struct Work {
   LogitScale scale;
   KvScales kv_scales;      // of 8-bit keys and values
   uint32_t largest_query;  // bits of the largest magnitude, where queries are scaled
+  int32_t tree_begin;      // first key that a tree mask may hide
+  TreeRow trees[kRows];    // of the tile's rows, where there is a tree mask
 };
 
 template <typename T, typename Kv, int kDim>
@@ -85,17 +89,25 @@ class Prefill {
 
     const hkv_window window = p.windows[p.layer];
     const Visibility visibility(window);
-    __shared__ Work work;
+    __shared__ Work<kRows> work;
     __shared__ int32_t positions[kRows];
     __shared__ TokenScales token_scales[1];
     const KvScales scales(p, window, kv_head);
     if (threadIdx.x == 0) {
       const float key_scale = kScaled ? scales.of_keys() : 1.0f;
-      work = {
-          rows,   row0, split, visibility, LogitScale(p.sm_scale * key_scale, p.logits_soft_cap),
-          scales, 0u};
+      work.rows = rows;
+      work.row0 = row0;
+      work.split = split;
+      work.visibility = visibility;
+      work.scale = LogitScale(p.sm_scale * key_scale, p.logits_soft_cap);
+      work.kv_scales = scales;
+      work.largest_query = 0;
+      work.tree_begin = p.tree_mask == nullptr ? INT32_MAX : rows.first_position();
     }
-    if (threadIdx.x < kRows) positions[threadIdx.x] = rows.position(row0 + threadIdx.x);
+    if (threadIdx.x < kRows) {
+      positions[threadIdx.x] = rows.position(row0 + threadIdx.x);
+      work.trees[threadIdx.x] = TreeRow(p, rows, row0 + threadIdx.x);
+    }
     __syncthreads();
     const int32_t last_row = min(row0 + kRows, rows.count()) - 1;
     const KeyTiles<kKeys> tiles(visibility, rows.position(row0), rows.position(last_row));
@@ -107,7 +119,7 @@ class Prefill {
   }
 
  private:
-  __device__ Prefill(const hkv_attention_params& p, Work& work, const int32_t* positions,
+  __device__ Prefill(const hkv_attention_params& p, Work<kRows>& work, const int32_t* positions,
                      TokenScales* token_scales, const BlockTable<Kv>& table,
                      const KeyTiles<kKeys>& tiles, const TileSpan& span, uint32_t shared)
       : p_(p),
@@ -299,6 +311,7 @@ class Prefill {
     if (scale.capped()) cap(scale, score);
     const KeyTile tile = tiles_[n];
     if (!tiles_.is_clear(tile)) mask(tile, score);
+    if (tile.base > work_.tree_begin - kKeys) mask_tree(tile, score);
     raise(scale, score);
 
     // Weights of 16 keys at a time: exponentials of the next fill the gaps between the products.
@@ -394,6 +407,26 @@ class Prefill {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             if (!seen.has(k * 8 + c)) score[rt][k][2 * h + c] = -INFINITY;
+          }
+        }
+      }
+    }
+  }
+
+  // Masks what the tree of new tokens hides.
+  __device__ void mask_tree(const KeyTile& tile, float (&score)[kRowTiles][kKeyTiles][4]) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const TreeRow tree = work_.trees[threadIdx.x / 32 * kWarpRows + rt * 16 + h * 8 + lane / 4];
+#pragma unroll
+        for (int k = 0; k < kKeyTiles; ++k) {
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const int32_t key = tile.base + k * 8 + lane % 4 * 2 + c;
+            if (tree.hides(key)) score[rt][k][2 * h + c] = -INFINITY;
           }
         }
       }
@@ -500,7 +533,7 @@ class Prefill {
   }
 
   const hkv_attention_params& p_;
-  Work& work_;
+  Work<kRows>& work_;
   const int32_t* const warp_positions_;  // in shared memory, of the warp's rows
   TokenScales* const token_scales_;      // in shared memory
   const BlockTable<Kv> table_;

@@ -20,6 +20,8 @@ class QueryRows {
   }
 
   __device__ int32_t count() const { return count_; }
+  // Absolute position of the first query token.
+  __device__ int32_t first_position() const { return first_position_; }
   __device__ int32_t token(int32_t row) const { return first_token_ + row / group_; }
   __device__ int32_t head(int32_t row) const { return first_head_ + row % group_; }
   // Absolute position of the row's query, negative where it has no keys.
