@@ -5,7 +5,8 @@ Every case appends keys and values into a paged pool whose unused slots are NaN,
 and only the blocks that the layer can still see, attends queries to it, and compares with
 `scaled_dot_product_attention` in float64 under an explicit boolean mask over the dense keys and values.
 Soft caps and sink logits, which that function lacks, are computed by their formula in float64; so is the
-LSE. Merging, movement, foreign streams and CUDA graphs have cases of their own.
+LSE. Where keys and values are fp8, PyTorch dequantises the pool's own bytes by their scales, and what append
+wrote is held against PyTorch's conversion, bit for bit. Merging, movement, foreign streams and CUDA graphs have cases of their own.
 
     python3 validation/validate_torch.py --device cuda:0 --json validation/reports/H100/torch.json
 
@@ -34,7 +35,9 @@ import hybridkv as hkv  # noqa: E402
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 # Relative Frobenius norm of the output's error, as in docs/numerics.md.
 TOLERANCE = {"bf16": 4e-3, "f16": 5e-4}
+TOLERANCE_FP8 = {"bf16": 5e-3, "f16": 3e-3}
 LSE_TOLERANCE = 1e-3
+FP8, FP8_NAN, FP8_MAX = torch.float8_e4m3fn, 0x7F, 448.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Case:
     soft_cap: float = 0.0
     layout: str = "HND"
     scale: float = None
+    scales: str = None  # of fp8 keys and values: per "tensor", "head" or "token" (and head)
 
     @property
     def name(self):
@@ -68,10 +72,15 @@ class Case:
             text += f"/q{max(queries) if uniform else f'{min(queries)}..{max(queries)}'}"
         text += f"/{self.qo_heads}-{self.kv_heads}"
         text += f"/d{self.head_dim}" * (self.head_dim != 128) + f"/{self.dtype}"
+        text += f"/fp8-{self.scales}" if self.scales else ""
         text += f"/b{self.block_size}" * (self.block_size != 16)
         text += f"/sinks{self.sink_tokens}" * (self.sink_tokens > 0) + "/sink-logits" * self.sink_logits
         text += f"/cap{self.soft_cap:g}" * (self.soft_cap > 0) + "/NHD" * (self.layout == "NHD")
         return text
+
+    @property
+    def tolerance(self):
+        return (TOLERANCE_FP8 if self.scales else TOLERANCE)[self.dtype]
 
     def first_visible(self, position):
         """First token, sinks aside, that a query at this position sees."""
@@ -89,6 +98,11 @@ class Case:
         elif self.kind == hkv.CHUNKED:
             seen = i // self.extent == j // self.extent
         return (seen | (j < self.sink_tokens)) & (j <= i)
+
+
+def by_head(rows, case):
+    """[block, head, token, ...] of rows in the case's layout."""
+    return rows if case.layout == "HND" else rows.transpose(1, 2)
 
 
 class Batch:
@@ -156,10 +170,44 @@ class Batch:
         )
         blocks = sum(map(len, live)) + 3
         inner = (case.kv_heads, size) if case.layout == "HND" else (size, case.kv_heads)
-        self.pool = torch.full(
-            (blocks, self.SLOTS, 2, *inner, case.head_dim), math.nan, dtype=self.q.dtype, device=self.device
+        shape = (blocks, self.SLOTS, 2, *inner, case.head_dim)
+        self.scales = None
+        if case.scales:
+            self.pool = torch.full(shape, FP8_NAN, dtype=torch.uint8, device=self.device).view(FP8)
+            self.scales = self._scales(shape[:-1])
+        else:
+            self.pool = torch.full(shape, math.nan, dtype=self.q.dtype, device=self.device)
+        k_scale, v_scale = (None, None) if self.scales is None else (self.scales[:, :, i] for i in (0, 1))
+        self.kv = hkv.KV(
+            self.pool[:, :, 0], self.pool[:, :, 1], layout=case.layout, k_scale=k_scale, v_scale=v_scale
         )
-        self.kv = hkv.KV(self.pool[:, :, 0], self.pool[:, :, 1], layout=case.layout)
+
+    def _scales(self, shape):
+        """[block, layer slot, K|V, ...]: what every row of the pool is multiplied with. Those of tokens are for
+        append to compute; the others let the largest numbers saturate."""
+        case, device = self.case, self.device
+        if case.scales == "token":
+            return torch.full(shape, math.nan, device=device)
+        heads = case.kv_heads if case.scales == "head" else 1
+        scales = (0.004 + 0.004 * torch.rand(2, heads, generator=torch.Generator().manual_seed(3))).to(device)
+        return scales[:, :, None].expand(shape) if case.layout == "HND" else scales[:, None].expand(shape)
+
+    def stored(self, half):
+        """[tokens, heads, dim] K or V as float64: what is in the pool where it is fp8, the tokens that are in
+        no block being 0."""
+        dense = (self.k, self.v)[half].double()
+        if self.scales is not None:
+            block, offset, kept = self.places()
+            rows, scales = (by_head(t, self.case) for t in (self.pool[:, self.SLOT, half], self.scales[:, self.SLOT, half]))
+            dense.zero_()
+            dense[kept] = rows.view(torch.uint8)[block, :, offset].view(FP8).double() * scales[block, :, offset, None].double()
+        return dense
+
+    def places(self):
+        """Blocks and offsets of the tokens that have a slot, and which do."""
+        slots = self.slot_mapping[self.GROUP]
+        kept = slots >= 0
+        return slots[kept] // self.case.block_size, slots[kept] % self.case.block_size, kept
 
     def _live_blocks(self, queries, tokens):
         """Indices of the blocks of a sequence that its queries can see."""
@@ -200,12 +248,10 @@ class Batch:
         """Output and LSE in float64, by PyTorch, from the dense tensors."""
         outs, lses, token, row = [], [], 0, 0
         group = self.case.qo_heads // self.case.kv_heads
+        dense = self.stored(0), self.stored(1)
         for queries, tokens in self.case.lengths:
             q = self.q[row : row + queries].double().transpose(0, 1)
-            k, v = (
-                t[token : token + tokens].double().transpose(0, 1).repeat_interleave(group, dim=0)
-                for t in (self.k, self.v)
-            )
+            k, v = (t[token : token + tokens].transpose(0, 1).repeat_interleave(group, dim=0) for t in dense)
             mask = self.case.mask(queries, tokens, self.device)
             logits = q @ k.transpose(1, 2) * self.scale
             if self.case.soft_cap > 0:
@@ -301,7 +347,7 @@ class Bench:
 
     def judge(self, name, batch, took):
         error = errors(batch.out, batch.lse, *batch.expected())
-        tolerance = TOLERANCE[batch.case.dtype]
+        tolerance = batch.case.tolerance
         passed = error["rel_fro"] <= tolerance and error["lse_max_abs"] <= LSE_TOLERANCE
         return Row(name, took, error=error, tolerance=tolerance, passed=passed)
 
@@ -310,14 +356,22 @@ class Bench:
         batch = Batch(case, self.device, self.seed)
         took = self.microseconds(lambda: batch.append(self.kernels, self.stream()))
         self.synchronize()
-        pool = batch.pool if case.layout == "HND" else batch.pool.transpose(3, 4)
-        expected = torch.full_like(pool, math.nan)
-        slots = batch.slot_mapping[Batch.GROUP]
-        kept = slots >= 0
-        block, offset = slots[kept] // case.block_size, slots[kept] % case.block_size
-        for half, tokens in enumerate((batch.k, batch.v)):
-            expected[block, Batch.SLOT, half, :, offset] = tokens[kept]
-        same = torch.equal(pool.contiguous().view(torch.int16), expected.contiguous().view(torch.int16))
+        block, offset, kept = batch.places()
+        pool = batch.pool.view(torch.uint8 if case.scales else torch.int16)
+        expected = torch.full_like(batch.pool.view(torch.uint8), FP8_NAN) if case.scales else torch.full_like(batch.pool, math.nan)
+        same = True
+        for half, tokens in enumerate((batch.k[kept], batch.v[kept])):
+            target = by_head(expected[:, Batch.SLOT, half], case)
+            if case.scales:
+                given = by_head(batch.scales[:, Batch.SLOT, half], case)[block, :, offset]
+                if case.scales == "token":
+                    largest = tokens.float().abs().amax(dim=2)
+                    same &= torch.equal(given, torch.clamp(largest / FP8_MAX, min=2.0**-100))
+                scaled = (tokens.float() * (1.0 / given)[:, :, None]).clamp(-FP8_MAX, FP8_MAX)
+                target[block, :, offset] = scaled.to(FP8).view(torch.uint8)
+            else:
+                target[block, :, offset] = tokens
+        same &= torch.equal(pool, expected.view(pool.dtype))
         return Row("append/" + case.name, took, error={"wrong": float(not same)}, tolerance=0.0, passed=same)
 
     def merge(self, case):
@@ -340,7 +394,7 @@ class Bench:
         expected_lse = torch.logsumexp(logits, dim=0)
         weights = torch.exp(lse.double() - expected_lse)
         error = errors(batch.out, batch.lse, (weights[..., None] * states.double()).sum(0), expected_lse)
-        tolerance = TOLERANCE[case.dtype]
+        tolerance = case.tolerance
         passed = error["rel_fro"] <= tolerance and error["lse_max_abs"] <= LSE_TOLERANCE
         return Row("merge/" + case.name, took, error=error, tolerance=tolerance, passed=passed)
 
@@ -409,6 +463,7 @@ class Bench:
         graph.replay()
         self.synchronize()
         shorter.out, shorter.lse = batch.out, batch.lse
+        shorter.pool, shorter.scales = batch.pool, batch.scales
         took = self.microseconds(graph.replay)
         return self.judge("graph/" + case.name, shorter, took)
 
@@ -450,6 +505,18 @@ def cases(big):
         for layout in ("HND", "NHD"):
             for kind in (kinds[0], kinds[3], kinds[2]):
                 yield replace(varlen, block_size=block_size, layout=layout, **kind)
+    # Keys and values of 8 bits.
+    for scales in ("tensor", "head", "token"):
+        for kind in kinds:
+            for batch in (decode, varlen):
+                yield replace(batch, scales=scales, **kind)
+        for head_dim, dtype, layout in [(64, "f16", "HND"), (128, "f16", "NHD"), (256, "bf16", "NHD")]:
+            for batch in (decode, prefill, varlen):
+                yield replace(
+                    batch, scales=scales, head_dim=head_dim, dtype=dtype, layout=layout, qo_heads=10, kv_heads=2
+                )
+        for block_size in (8, 64, 128):
+            yield replace(varlen, scales=scales, block_size=block_size)
     # Lengths at the edges of blocks, windows and chunks.
     for kind, extent in [(hkv.SLIDING, 1), (hkv.SLIDING, 17), (hkv.CHUNKED, 1), (hkv.CHUNKED, 48)]:
         edge = tuple((1, max(1, extent * n + d)) for n in (1, 2) for d in (-1, 0, 1))
@@ -470,6 +537,7 @@ def cases(big):
             extent=draw.choice([1, 16, 100, 128, 511]), sink_tokens=draw.choice([0, 0, 1, 16, 40]),
             sink_logits=draw.random() < 0.3, soft_cap=draw.choice([0.0, 0.0, 20.0]),
             layout=draw.choice(["HND", "NHD"]), scale=draw.choice([None, None, 0.2]),
+            scales=draw.choice([None, None, "tensor", "head", "token"]),
         )
 
 
@@ -481,7 +549,9 @@ def checks(bench):
     for dtype in ("bf16", "f16"):
         for layout in ("HND", "NHD"):
             case = replace(small, dtype=dtype, layout=layout)
-            yield "append/" + case.name, lambda case=case: bench.append_is_exact(case)
+            for scales in (None, "tensor", "head", "token"):
+                quantised = replace(case, scales=scales)
+                yield "append/" + quantised.name, lambda case=quantised: bench.append_is_exact(case)
         for sinks in (False, True):
             case = replace(small, dtype=dtype, sink_logits=sinks)
             yield "merge/" + case.name, lambda case=case: bench.merge(case)
@@ -494,7 +564,8 @@ def checks(bench):
             )
     if bench.on_gpu:
         graph = Case(((1, 900), (1, 2000), (1, 64)), kind=hkv.SLIDING, extent=512)
-        for case in (graph, replace(graph, lengths=((64, 700), (30, 30)), kind=hkv.FULL)):
+        prefill = replace(graph, lengths=((64, 700), (30, 30)), kind=hkv.FULL)
+        for case in (graph, prefill, replace(graph, scales="token"), replace(prefill, scales="head")):
             yield "stream/" + case.name, lambda case=case: bench.on_a_side_stream(case)
             yield "graph/" + case.name, lambda case=case: bench.in_a_graph(case)
 
