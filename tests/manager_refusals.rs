@@ -7,8 +7,12 @@
 
 #[path = "manager_refusals/configs.rs"]
 mod configs;
-#[path = "manager_refusals/manager.rs"]
-mod manager;
+#[path = "manager_refusals/inputs.rs"]
+mod inputs;
+#[path = "manager_refusals/known.rs"]
+mod known;
+#[path = "manager_refusals/methods.rs"]
+mod methods;
 #[path = "manager_refusals/ranks.rs"]
 mod ranks;
 
