@@ -19,12 +19,12 @@ use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 use rustix::fs::{FlockOperation, flock};
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::sync::{Mutex, MutexGuard, PoisonError};
 use super::{BlockKey, BlockStore, Damage};
 use crate::error::{Error, ErrorKind, Result};
 use crate::manager::{BlockHash, StorageSlot, StoredBlock};
@@ -194,7 +194,7 @@ impl FileStore {
         self.folder.join(format!("{:05x}", slot / FOLDER)).join(format!("{slot:08x}.kv"))
     }
 
-    fn budget(&self) -> std::sync::MutexGuard<'_, Budget> {
+    fn budget(&self) -> MutexGuard<'_, Budget> {
         self.budget.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

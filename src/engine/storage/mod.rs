@@ -5,19 +5,28 @@
 //! in the slot of their transfer, which the manager reserves for it until the engine has reported its end.
 
 mod file;
+#[cfg(test)]
+mod model;
+mod queue;
 
 pub use file::{FileStore, FileStoreConfig, SyncPolicy};
 
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::time::Instant;
 
+use self::queue::Queue;
 use super::OP;
 use super::fault::FaultKind;
 use super::lane::LaneStats;
 use crate::error::{Error, ErrorKind, Result};
 use crate::manager::{BlockHash, Outcome, StorageSlot, StoredBlock, TransferId};
+
+/// What threads share.
+mod sync {
+    pub use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+    pub use std::thread;
+}
 
 /// Transfers that wait for a worker at most; submitting more blocks until one is taken.
 const QUEUE: usize = 1024;
@@ -122,14 +131,29 @@ struct Ended {
     milliseconds: f64,
 }
 
+/// Does a transfer. A store that panics has failed it: nobody waits for ever.
+fn end(job: Job, store: &dyn BlockStore) -> Ended {
+    let (id, persists, bytes) = (job.id, job.persists, job.memory.1 as u64);
+    let start = Instant::now();
+    let outcome = match catch_unwind(AssertUnwindSafe(|| job.run(store))) {
+        Ok(Ok(())) => Outcome::Succeeded,
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "storage transfer failed");
+            Outcome::Failed
+        }
+        Err(_) => {
+            tracing::error!("the store panicked: the transfer has failed");
+            Outcome::Failed
+        }
+    };
+    let milliseconds = start.elapsed().as_secs_f64() * 1e3;
+    Ended { id, outcome, persists, bytes, milliseconds }
+}
+
 /// The store and its workers.
 pub(super) struct Storage {
     store: Arc<dyn BlockStore>,
-    /// `None` once the workers are to end.
-    jobs: Option<SyncSender<Job>>,
-    ended: Receiver<Ended>,
-    workers: Vec<JoinHandle<()>>,
-    outstanding: usize,
+    queue: Queue<Job, Ended>,
     persist: LaneStats,
     fetch: LaneStats,
 }
@@ -148,44 +172,14 @@ pub(super) struct Start {
 
 impl Storage {
     pub fn new(store: Arc<dyn BlockStore>, threads: usize) -> Result<Self> {
-        let (jobs, queue) = sync_channel::<Job>(QUEUE);
-        let (reports, ended) = std::sync::mpsc::channel();
-        let queue = Arc::new(Mutex::new(queue));
-        let mut storage = Self {
-            store,
-            jobs: Some(jobs),
-            ended,
-            workers: Vec::new(),
-            outstanding: 0,
-            persist: LaneStats::default(),
-            fetch: LaneStats::default(),
+        let work = {
+            let store = store.clone();
+            move |job: Job| end(job, &*store)
         };
-        for _ in 0..threads.max(1) {
-            let (store, queue, reports) = (storage.store.clone(), queue.clone(), reports.clone());
-            let worker = std::thread::Builder::new().name("hybridkv-storage".into());
-            let worker = worker.spawn(move || {
-                loop {
-                    let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-                    let Ok(job) = job else { return };
-                    let (id, persists, bytes) = (job.id, job.persists, job.memory.1 as u64);
-                    let start = Instant::now();
-                    let outcome = match job.run(&*store) {
-                        Ok(()) => Outcome::Succeeded,
-                        Err(error) => {
-                            tracing::warn!(%error, "storage transfer failed");
-                            Outcome::Failed
-                        }
-                    };
-                    let milliseconds = start.elapsed().as_secs_f64() * 1e3;
-                    // The engine may be gone.
-                    let _ = reports.send(Ended { id, outcome, persists, bytes, milliseconds });
-                }
-            });
-            storage.workers.push(worker.map_err(|source| {
-                Error::new(OP, ErrorKind::Io { path: "storage thread".into(), source })
-            })?);
-        }
-        Ok(storage)
+        let queue = Queue::new(threads, QUEUE, work).map_err(|source| {
+            Error::new(OP, ErrorKind::Io { path: "storage thread".into(), source })
+        })?;
+        Ok(Self { store, queue, persist: LaneStats::default(), fetch: LaneStats::default() })
     }
 
     pub fn store(&self) -> &dyn BlockStore {
@@ -201,33 +195,27 @@ impl Storage {
         let Start { id, slot, key, address, bytes, persists, fault } = start;
         let memory = Memory(address as *mut u8, bytes);
         let job = Job { id, slot, key, memory, persists, fault };
-        match self.jobs.as_ref().map(|jobs| jobs.send(job)) {
-            Some(Ok(())) => {
-                self.outstanding += 1;
-                Ok(())
-            }
-            _ => Err(Error::invalid(OP, "the storage workers have ended")),
+        match self.queue.start(job) {
+            true => Ok(()),
+            false => Err(Error::invalid(OP, "the storage workers have ended")),
         }
     }
 
     /// Appends the transfers that have ended.
     pub fn poll(&mut self, ended: &mut Vec<(TransferId, Outcome)>) {
-        while let Ok(report) = self.ended.try_recv() {
+        while let Some(report) = self.queue.poll() {
             self.note(report, ended);
         }
     }
 
     /// Waits for all transfers.
     pub fn drain(&mut self, ended: &mut Vec<(TransferId, Outcome)>) {
-        while self.outstanding > 0
-            && let Ok(report) = self.ended.recv()
-        {
+        while let Some(report) = self.queue.wait() {
             self.note(report, ended);
         }
     }
 
     fn note(&mut self, report: Ended, ended: &mut Vec<(TransferId, Outcome)>) {
-        self.outstanding -= 1;
         let stats = if report.persists { &mut self.persist } else { &mut self.fetch };
         stats.busy_ms += report.milliseconds;
         if report.outcome == Outcome::Succeeded {
@@ -238,21 +226,11 @@ impl Storage {
     }
 
     pub fn outstanding(&self) -> usize {
-        self.outstanding
+        self.queue.outstanding()
     }
 
     /// To storage and from it. Busy time is of the workers, summed.
     pub fn stats(&self) -> (LaneStats, LaneStats) {
         (self.persist, self.fetch)
-    }
-}
-
-impl Drop for Storage {
-    fn drop(&mut self) {
-        self.jobs = None;
-        for worker in self.workers.drain(..) {
-            // A worker that panicked has nothing left to do.
-            let _ = worker.join();
-        }
     }
 }
