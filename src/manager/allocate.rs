@@ -330,6 +330,26 @@ impl Manager {
         Ok(())
     }
 
+    /// Makes room in the manager's own memory for a sequence to grow to `tokens` tokens: none of its steps up to
+    /// there allocates any. No block is taken.
+    ///
+    /// # Errors
+    /// `TooLong`, `UnknownSequence`.
+    pub fn reserve(&mut self, seq: SeqId, tokens: usize) -> Result<()> {
+        const OP: &str = "reserve";
+        let Some(sequence) = self.sequences.get_mut(&seq) else {
+            return Err(Error::new(OP, ErrorKind::UnknownSequence(seq)));
+        };
+        check_length(OP, tokens, self.config.max_model_len as usize)?;
+        sequence.tokens.reserve(tokens);
+        let slots = self.host.as_ref().map_or(0, SlotTier::capacity);
+        for (group, row) in self.groups.iter().zip(&mut sequence.rows) {
+            let blocks = tokens.div_ceil(group.block_size);
+            row.reserve(blocks, blocks.min(slots));
+        }
+        Ok(())
+    }
+
     /// Takes a block, pins it and its copy in a lower tier (R1), and emits the transfer that fills it, or the
     /// first of the two.
     fn load(

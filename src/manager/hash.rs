@@ -138,6 +138,19 @@ impl HashedTokens {
         self.unit == unit && self.identity == *identity
     }
 
+    /// Makes room for `tokens` tokens in all.
+    pub(super) fn reserve(&mut self, tokens: usize) {
+        if let Some(units) = tokens.checked_div(self.unit) {
+            self.hashes.reserve_exact(units.saturating_sub(self.hashes.len()));
+            self.tokens.reserve_exact(tokens.saturating_sub(self.tokens.len()));
+        }
+    }
+
+    /// Bytes of tokens and hashes, with the room these have to grow.
+    pub(super) fn bytes(&self) -> usize {
+        self.hashes.capacity() * size_of::<BlockHash>() + self.tokens.capacity() * size_of::<u32>()
+    }
+
     /// Number of tokens.
     pub fn len(&self) -> usize {
         self.num_tokens

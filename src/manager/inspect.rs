@@ -156,6 +156,22 @@ impl Manager {
         }
     }
 
+    /// What the manager itself keeps in memory. Looks at every sequence.
+    pub fn metadata(&self) -> Metadata {
+        let lower = |tier: &Option<SlotTier>| {
+            tier.as_ref().map_or(TierMetadata::default(), |tier| TierMetadata {
+                blocks: tier.capacity(),
+                bytes: tier.metadata_bytes(),
+            })
+        };
+        Metadata {
+            device: TierMetadata { blocks: self.capacity(), bytes: self.device.metadata_bytes() },
+            host: lower(&self.host),
+            storage: lower(&self.storage),
+            sequences: self.sequences.values().map(Sequence::bytes).sum(),
+        }
+    }
+
     /// Available blocks, the next to be reused first.
     pub fn free_queue(&self) -> Vec<BlockId> {
         self.device.pool.queue().collect()

@@ -43,7 +43,7 @@ pub use self::preempt::Preemption;
 pub use self::prefetch::Prefetch;
 pub use self::ranks::{Rank, RankSet, Report};
 pub use self::states::StateStep;
-pub use self::stats::{Stats, TierStats, TransferStats, Usage};
+pub use self::stats::{Metadata, Stats, TierMetadata, TierStats, TransferStats, Usage};
 pub use self::tiers::{
     BreakerConfig, BreakerState, Candidate, CostModel, HostConfig, PrefetchPolicy, StorageConfig,
     StoredBlock, WritePolicy,
@@ -296,6 +296,8 @@ pub struct Manager {
     generation: u64,
     flights: Flights,
     copies: VecDeque<BlockCopy>,
+    /// Blocks that write-back looks at, with their place in line: kept for its memory.
+    cleaning: Vec<(usize, BlockId)>,
     events: Events,
     stats: Stats,
 }
@@ -374,6 +376,7 @@ impl Manager {
             generation: 0,
             flights: Flights::default(),
             copies: VecDeque::new(),
+            cleaning: Vec::new(),
             events: Events::default(),
             stats: Stats::default(),
             groups,

@@ -120,10 +120,11 @@ impl Manager {
         if fresh == 0 {
             return Ok(());
         }
-        let Self { device, flights, events, stats, .. } = self;
+        let Self { device, flights, events, stats, cleaning, .. } = self;
         let unused = |id: &BlockId| *id != NULL && device.pool.is_available(*id);
         let hits: HashSet<BlockId> = hits.iter().flatten().copied().filter(unused).collect();
-        let next: Vec<(usize, BlockId)> = device
+        cleaning.clear();
+        let next = device
             .pool
             .queue()
             .filter(|id| !hits.contains(id))
@@ -133,10 +134,10 @@ impl Manager {
                 let block = device.pool.block(id);
                 let group = block.group as usize;
                 block.cached && !block.written_back && !host.holds(group, &block.hash)
-            })
-            .collect();
+            });
+        cleaning.extend(next);
         let (mut waiting, mut dropped) = (0, 0);
-        for (position, id) in next {
+        for &(position, id) in cleaning.iter() {
             let block = *device.pool.block(id);
             let key = (block.group as usize, block.hash);
             if flights.in_flight(Direction::Offload) >= *max_offloads as usize {

@@ -81,6 +81,11 @@ impl Pool {
         self.blocks.len()
     }
 
+    /// Bytes of all that is kept per block.
+    pub fn metadata_bytes(&self) -> usize {
+        size_of_val(self.blocks.as_slice()) + self.order.bytes()
+    }
+
     /// Blocks that could be taken now.
     pub fn available(&self) -> usize {
         self.available

@@ -21,6 +21,11 @@ impl IndexQueue {
         Self(links)
     }
 
+    /// Bytes of the links.
+    pub fn bytes(&self) -> usize {
+        size_of_val(self.0.as_slice())
+    }
+
     pub fn contains(&self, index: u32) -> bool {
         self.0[index as usize].next != OUT
     }

@@ -24,6 +24,12 @@ pub(super) struct Row {
 }
 
 impl Row {
+    /// Makes room for a table of `blocks` blocks in all, `stored` of which the host takes.
+    pub fn reserve(&mut self, blocks: usize, stored: usize) {
+        self.table.reserve_exact(blocks.saturating_sub(self.table.len()));
+        self.stored.reserve_exact(stored.saturating_sub(self.stored.len()));
+    }
+
     /// Forgets what is noted of blocks from `b` on: they are considered and offered again.
     pub fn cut(&mut self, b: usize) {
         self.considered = self.considered.min(b);
@@ -71,4 +77,12 @@ pub(super) struct Sequence {
     /// Whether a load failed, so that tokens are computed again: until all are, blocks become findable only
     /// when they are computed.
     pub repaired: bool,
+}
+
+impl Sequence {
+    /// Bytes of its tokens, hashes and tables, with the room these have to grow.
+    pub fn bytes(&self) -> usize {
+        let tables = self.rows.iter().map(|row| row.table.capacity() + row.stored.capacity());
+        self.tokens.bytes() + tables.sum::<usize>() * size_of::<BlockId>()
+    }
 }

@@ -81,6 +81,35 @@ impl Stats {
     }
 }
 
+/// Memory that the manager keeps for the blocks of one tier: keys, index, order and history.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct TierMetadata {
+    /// Blocks that the tier can hold; 0 without one.
+    pub blocks: usize,
+    /// Bytes, whatever of the tier is in use: they are reserved with it.
+    pub bytes: usize,
+}
+
+impl TierMetadata {
+    /// Bytes per block; 0 without a tier.
+    pub fn per_block(&self) -> f64 {
+        self.bytes as f64 / self.blocks.max(1) as f64
+    }
+}
+
+/// Memory that the manager keeps.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Metadata {
+    /// Of the device tier.
+    pub device: TierMetadata,
+    /// Of the host tier.
+    pub host: TierMetadata,
+    /// Of the storage tier.
+    pub storage: TierMetadata,
+    /// Bytes of the live sequences: tokens, their hashes and block tables, with the room these have to grow.
+    pub sequences: usize,
+}
+
 /// How full the tiers are, in blocks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Usage {

@@ -151,6 +151,9 @@ pub(super) struct Flights {
     next: TransferId,
     outbox: VecDeque<TransferId>,
     flying: CheapMap<TransferId, Flight>,
+    /// How many can be in flight before the map is made larger: half of what it holds, so that it cleans up in
+    /// place behind those that ended, and allocates nothing once it has been at its fullest.
+    room: usize,
     /// How many of them go each way.
     by_direction: [usize; 4],
 }
@@ -187,6 +190,10 @@ impl Flights {
         let seq = waiting.map(|(seq, _)| seq);
         let transfer = Transfer { id, path, group: group as u32, hash, seq };
         let generation = waiting.map_or(0, |(_, generation)| generation);
+        if self.flying.len() == self.room {
+            self.room = (2 * self.room).max(64);
+            self.flying.reserve(2 * self.room - self.flying.len());
+        }
         self.flying.insert(id, Flight { transfer, started: false, index, generation });
         self.outbox.push_back(id);
         self.by_direction[path.direction() as usize] += 1;

@@ -79,10 +79,14 @@ impl Policy for Arc {
         lists.front(first).or_else(|| lists.front(second))
     }
 
-    fn order(&self) -> Vec<usize> {
-        match self.recent > self.target {
-            true => vec![RECENT, FREQUENT],
-            false => vec![FREQUENT, RECENT],
+    fn ranked(&self, rank: usize) -> usize {
+        match (self.recent > self.target) == (rank == 0) {
+            true => RECENT,
+            false => FREQUENT,
         }
+    }
+
+    fn bytes(&self) -> usize {
+        self.ghosts.bytes()
     }
 }

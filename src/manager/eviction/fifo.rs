@@ -30,7 +30,7 @@ impl Policy for Fifo {
         lists.front(POLICY)
     }
 
-    fn order(&self) -> Vec<usize> {
-        vec![POLICY]
+    fn ranked(&self, rank: usize) -> usize {
+        POLICY + rank
     }
 }

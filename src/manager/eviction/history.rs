@@ -44,6 +44,11 @@ impl History {
         Self { lines: vec![[Slot::default(); WAYS]; (entries as usize).div_ceil(WAYS).max(1)] }
     }
 
+    /// Bytes of all entries.
+    pub fn bytes(&self) -> usize {
+        size_of_val(self.lines.as_slice())
+    }
+
     /// The line of a content.
     pub fn line(&self, key: u64) -> usize {
         // The low half of the key as a fraction of all lines; the high half tells contents apart.

@@ -20,7 +20,7 @@ impl Policy for Lfu {
         (POLICY..POLICY + LISTS).find_map(|list| lists.front(list))
     }
 
-    fn order(&self) -> Vec<usize> {
-        (POLICY..POLICY + LISTS).collect()
+    fn ranked(&self, rank: usize) -> usize {
+        POLICY + rank
     }
 }

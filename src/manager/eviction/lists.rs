@@ -24,6 +24,11 @@ impl Lists {
         Self { links, len }
     }
 
+    /// Bytes of the links.
+    pub fn bytes(&self) -> usize {
+        size_of_val(self.links.as_slice())
+    }
+
     pub fn contains(&self, index: u32) -> bool {
         self.links[index as usize].next != OUT
     }

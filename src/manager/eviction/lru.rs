@@ -17,7 +17,7 @@ impl Policy for Lru {
         lists.front(POLICY)
     }
 
-    fn order(&self) -> Vec<usize> {
-        vec![POLICY]
+    fn ranked(&self, rank: usize) -> usize {
+        POLICY + rank
     }
 }

@@ -4,10 +4,7 @@
 //! A tier tells its [`Order`] what happens to its blocks; the order answers which one is reused next. Blocks
 //! that hold nothing stand in front of all others, then the rest, as the tier's [`Policy`] ranks them.
 //! Sequences are released end first, and within one list the first to come is the first to go, so heads
-//! outlive tails. Every operation takes constant time, amortised; none allocates, but that [`Reuse`] builds a
-//! small table each time it learns.
-//!
-//! [`Reuse`]: Eviction::Reuse
+//! outlive tails. Every operation takes constant time, amortised; none allocates.
 
 mod arc;
 mod fifo;
@@ -101,8 +98,13 @@ trait Policy: Send {
     /// The block to go next, which stays in line.
     fn next(&mut self, lists: &mut Lists) -> Option<u32>;
 
-    /// Its lists in the order in which they would be emptied now.
-    fn order(&self) -> Vec<usize>;
+    /// The list of each rank below [`Self::lists`], as they would be emptied now.
+    fn ranked(&self, rank: usize) -> usize;
+
+    /// Bytes that it keeps besides the lists and entries.
+    fn bytes(&self) -> usize {
+        0
+    }
 }
 
 /// Whether block `index` of a sequence is the one that [`Order::recall`] is asked for.
@@ -137,6 +139,11 @@ impl Order {
             policy,
             scratch: None,
         }
+    }
+
+    /// Bytes of all that is kept per block.
+    pub fn bytes(&self) -> usize {
+        self.lists.bytes() + size_of_val(self.entries.as_slice()) + self.policy.bytes()
     }
 
     /// Notes a use of the content `key` and gives how often it has been used before, as far as the policy
@@ -228,8 +235,7 @@ impl Order {
 
     /// All that stand in line, the next to go first, as it would be without further uses.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        let mut lists = vec![EMPTY, DEMOTED];
-        lists.extend(self.policy.order());
-        lists.into_iter().flat_map(|list| self.lists.iter(list))
+        let ranked = (0..self.policy.lists()).map(|rank| self.policy.ranked(rank));
+        [EMPTY, DEMOTED].into_iter().chain(ranked).flat_map(|list| self.lists.iter(list))
     }
 }

@@ -21,7 +21,7 @@ impl Policy for Priority {
         (POLICY..POLICY + LISTS).find_map(|list| lists.front(list))
     }
 
-    fn order(&self) -> Vec<usize> {
-        (POLICY..POLICY + LISTS).collect()
+    fn ranked(&self, rank: usize) -> usize {
+        POLICY + rank
     }
 }

@@ -112,8 +112,8 @@ impl Reuse {
                 self.lost[class][age] *= DECAY;
             }
         }
-        let occupied: Vec<usize> =
-            (0..LISTS).filter(|&l| self.waiting >> self.rank[l] & 1 != 0).collect();
+        let occupied: [bool; LISTS] =
+            std::array::from_fn(|list| self.waiting >> self.rank[list] & 1 != 0);
         // Of equal worth, the older first.
         self.ranked.sort_by(|&a, &b| {
             worth[usize::from(a)]
@@ -123,7 +123,9 @@ impl Reuse {
         for (rank, &list) in self.ranked.iter().enumerate() {
             self.rank[usize::from(list)] = rank as u8;
         }
-        self.waiting = occupied.into_iter().fold(0, |bits, list| bits | 1 << self.rank[list]);
+        self.waiting = (0..LISTS)
+            .filter(|&list| occupied[list])
+            .fold(0, |bits, list| bits | 1 << self.rank[list]);
     }
 }
 
@@ -174,8 +176,12 @@ impl Policy for Reuse {
         None
     }
 
-    fn order(&self) -> Vec<usize> {
-        self.ranked.iter().map(|&list| POLICY + usize::from(list)).collect()
+    fn ranked(&self, rank: usize) -> usize {
+        POLICY + usize::from(self.ranked[rank])
+    }
+
+    fn bytes(&self) -> usize {
+        self.history.bytes()
     }
 }
 

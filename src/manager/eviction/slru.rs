@@ -51,7 +51,7 @@ impl Policy for Slru {
         lists.front(PROBATION).or_else(|| lists.front(PROTECTED))
     }
 
-    fn order(&self) -> Vec<usize> {
-        vec![PROBATION, PROTECTED]
+    fn ranked(&self, rank: usize) -> usize {
+        [PROBATION, PROTECTED][rank]
     }
 }

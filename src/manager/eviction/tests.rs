@@ -128,10 +128,3 @@ fn a_scan_does_not_flush_what_comes_back() {
     let (lru, reuse) = (hits(Eviction::Lru, 128, uses()), hits(Eviction::Reuse, 128, uses()));
     assert!(reuse > lru + 10_000, "{reuse} against {lru}");
 }
-
-#[test]
-fn an_order_takes_few_bytes_per_block() {
-    // A link of the lists and an entry; the history takes 8 more, the bound of all is 96.
-    assert_eq!(std::mem::size_of::<Entry>() + 8 + 8, 20);
-    assert!(std::mem::size_of::<crate::manager::pool::Block>() + 20 <= 64);
-}

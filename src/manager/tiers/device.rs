@@ -29,6 +29,11 @@ impl DeviceTier {
         }
     }
 
+    /// Bytes of all that is kept per block.
+    pub fn metadata_bytes(&self) -> usize {
+        self.pool.metadata_bytes() + self.index.bytes()
+    }
+
     /// The block that serves hits on this hash; [`NULL`] when there is none.
     pub fn find(&self, group: usize, hash: &BlockHash) -> BlockId {
         self.find_tagged(Tag::new(group, hash), group, hash).unwrap_or(NULL)

@@ -90,6 +90,12 @@ impl SlotTier {
         self.slots.len()
     }
 
+    /// Bytes of all that is kept per slot.
+    pub fn metadata_bytes(&self) -> usize {
+        let free = self.free.capacity() * size_of::<u32>();
+        size_of_val(self.slots.as_slice()) + self.index.bytes() + self.order.bytes() + free
+    }
+
     /// Slots that hold or receive a block.
     pub fn used(&self) -> usize {
         self.slots.len() - self.free.len()
