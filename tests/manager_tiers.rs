@@ -4,7 +4,10 @@
 mod common;
 
 use common::{FULL, KEYS};
-use hybridkv::manager::{Direction, HostConfig, Manager, Outcome, Transfer, WritePolicy};
+use hybridkv::manager::{
+    Direction, EventKind, Eviction, HostConfig, Manager, Outcome, StorageConfig, Tier, Transfer,
+    WritePolicy,
+};
 use hybridkv::spec::AttentionKind;
 use hybridkv::{ErrorKind, Result};
 
@@ -201,4 +204,102 @@ fn a_host_smaller_than_a_prompt_holds_a_prefix_of_every_group() {
     m.free(1).unwrap();
     m.allocate(2, &tokens(1000, 256), KEYS, 0).unwrap();
     assert_eq!(hit(&m, &prompt), (0, 80), "five blocks of each group");
+}
+
+/// Every policy by its name.
+const POLICIES: [Eviction; 7] = [
+    Eviction::Lru,
+    Eviction::Fifo,
+    Eviction::Lfu,
+    Eviction::Slru,
+    Eviction::Arc,
+    Eviction::Priority,
+    Eviction::Reuse,
+];
+
+/// Prompts whose first block a tier has evicted, of the events since the last call, in order.
+fn evicted(m: &mut Manager, tier: Tier, prompts: &[Vec<u32>]) -> Vec<usize> {
+    let first = |prompt: &Vec<u32>| m.hash(prompt, KEYS).hashes()[0];
+    let firsts: Vec<_> = prompts.iter().map(first).collect();
+    let gone =
+        |event: &hybridkv::manager::Event| event.kind == EventKind::Removed && event.tier == tier;
+    let hashes = m.events().into_iter().filter(gone).flat_map(|event| event.hashes);
+    hashes.filter_map(|hash| firsts.iter().position(|first| *first == hash)).collect()
+}
+
+#[test]
+fn each_policy_decides_what_the_host_lets_go() {
+    // The first of three prompts is used again, the second has a priority; a fourth needs the room of one.
+    for (eviction, goes) in [
+        (Eviction::Lru, 1),
+        (Eviction::Fifo, 0),
+        (Eviction::Lfu, 1),
+        (Eviction::Slru, 1),
+        (Eviction::Priority, 2),
+        (Eviction::Reuse, 1),
+    ] {
+        let mut m = manager(&[FULL], 65, HostConfig { eviction, ..HostConfig::new(6) });
+        m.record_events(true);
+        let prompts: Vec<Vec<u32>> = (0..4).map(|i| tokens(1000 * i, 32)).collect();
+        for (seq, p) in [0, 1, 2, 0].into_iter().enumerate() {
+            let (seq, longer) = (seq as u64, [&prompts[p][..], &[7]].concat());
+            m.allocate(seq, &longer, KEYS, 0).unwrap();
+            m.advance(seq, 33, 33).unwrap();
+            complete_all(&mut m, Outcome::Succeeded);
+            m.prioritize(seq, [2, 5, 0, 2][seq as usize]).unwrap();
+            m.free(seq).unwrap();
+        }
+        assert_eq!(evicted(&mut m, Tier::Host, &prompts), [0; 0]);
+        compute(&mut m, 9, &prompts[3]).unwrap();
+        complete_all(&mut m, Outcome::Succeeded);
+        assert_eq!(evicted(&mut m, Tier::Host, &prompts), [goes], "{eviction:?}");
+    }
+}
+
+#[test]
+fn ends_go_before_starts_in_every_tier_under_every_policy() {
+    for eviction in POLICIES {
+        let host = HostConfig { eviction, ..HostConfig::new(8) };
+        let mut m = manager(&[FULL], 65, host);
+        let storage = StorageConfig { eviction, ..StorageConfig::new(8) };
+        m.attach_storage(storage, &[]).unwrap();
+        m.record_events(true);
+        let all = |m: &mut Manager| {
+            while m.transfers_in_flight() > 0 {
+                complete_all(m, Outcome::Succeeded);
+            }
+        };
+        for start in [0, 1000] {
+            let seq = start as u64;
+            m.allocate(seq, &tokens(start, 64), KEYS, 0).unwrap();
+            for step in 1..=4 {
+                m.advance(seq, 16 * step, 16 * step).unwrap();
+                all(&mut m);
+            }
+            m.free(seq).unwrap();
+        }
+        m.events();
+        for n in 0..6 {
+            compute(&mut m, 10 + n, &tokens(5000 + 100 * n as u32, 16)).unwrap();
+            all(&mut m);
+        }
+        let events = m.events();
+        for tier in [Tier::Host, Tier::Storage] {
+            let mut gone = 0;
+            for start in [0, 1000] {
+                let hashes = m.hash(&tokens(start, 64), KEYS).hashes().to_vec();
+                let removed: Vec<u32> = events
+                    .iter()
+                    .filter(|event| event.kind == EventKind::Removed && event.tier == tier)
+                    .flat_map(|event| event.indices.iter().zip(&event.hashes))
+                    .filter(|(_, hash)| hashes.contains(hash))
+                    .map(|(&index, _)| index)
+                    .collect();
+                let ends_first: Vec<u32> = (0..4).rev().take(removed.len()).collect();
+                assert_eq!(removed, ends_first, "{eviction:?} {tier:?}");
+                gone += removed.len();
+            }
+            assert!(gone > 0, "{eviction:?} {tier:?}");
+        }
+    }
 }

@@ -151,7 +151,26 @@ fn every_write_policy_and_a_storage_tier_serve_verified_blocks() {
         assert!(count(&figures, "/fetch/transfers") > 0, "{write}: {figures:#}");
         assert!(count(&figures, "/hits/storage_tokens") > 0, "{write}");
     }
+    // What is there by now is fetched while requests wait for their turn.
+    for prefetch in ["best-effort", "wait", "timeout"] {
+        let small = ["--device-mem", "1MiB", "--host-ratio", "1", "--verify", "1"];
+        let args = ["--requests", "60", "--prefetch", prefetch, "--max-seqs", "2"];
+        let (code, figures) = figures(prefetch, &[&small[..], &args, &storage].concat());
+        assert_verified(code, &figures);
+        assert!(count(&figures, "/hits/prefetched_blocks") > 0, "{prefetch}: {figures:#}");
+    }
     std::fs::remove_dir_all(&folder).expect("written above");
+}
+
+#[test]
+fn every_tier_has_an_eviction_policy() {
+    for policies in [["lfu", "reuse"], ["slru", "arc"], ["fifo", "slru"], ["priority", "fifo"]] {
+        let args = ["--requests", "80", "--host-ratio", "0.5", "--device-mem", "1MiB"];
+        let tiers = ["--eviction", policies[0], "--host-eviction", policies[1], "--verify", "0.5"];
+        let (code, figures) = figures(policies[1], &[&args[..], &tiers].concat());
+        assert_eq!(code, Some(0), "{figures:#}");
+        assert!(count(&figures, "/host_tier/evicted_blocks") > 0, "{policies:?}");
+    }
 }
 
 /// A trace of long outputs, so that decoding outgrows the pool.
@@ -203,6 +222,11 @@ fn what_cannot_be_served_is_refused_with_a_reason() {
         "{small}"
     );
     assert!(refusal(&["--device-mem", "8 apples"]).contains("8GiB"));
+    assert!(refusal(&["--host-eviction", "oldest"]).contains("oldest"));
+    assert!(refusal(&["--host-fraction", "1.1"]).contains("0 to 1"));
+    let much = refusal(&["--host-fraction", "1.0"]);
+    assert!(much.contains("is more than the") && much.contains("memory cgroup"), "{much}");
+    assert!(refusal(&["--prefetch", "wait"]).contains("--storage"));
     assert!(refusal(&["--verify", "1.5"]).contains("0 to 1"));
     assert!(refusal(&["--requests", "0"]).contains("--requests"));
     assert!(refusal(&["--layers", "99"]).contains("--layers 99"));

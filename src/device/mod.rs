@@ -5,9 +5,10 @@
 //! by [`StreamRef`] and plain addresses. Addresses are `u64` on both devices: on the CPU device "device
 //! memory" is host memory and kernels are closures; [`cpu`] says when they run.
 
+mod cgroup;
 pub mod cpu;
 pub mod cuda;
-mod host;
+pub(crate) mod host;
 
 use std::ffi::c_void;
 use std::fmt;

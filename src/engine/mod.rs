@@ -26,7 +26,7 @@ pub use tables::{Batch, BatchTables, SeqSlice};
 
 use std::sync::Arc;
 
-use crate::device::{DeviceBuffer, Event, PinnedBuffer, Span, StreamRef};
+use crate::device::{DeviceBuffer, Event, PinnedBuffer, Span, StreamRef, host};
 use crate::error::{Error, ErrorKind, Result};
 use crate::layout::KvView;
 use crate::manager::{
@@ -52,6 +52,9 @@ pub enum HostSize {
     Ratio(f64),
     /// Bytes of pinned host memory.
     Bytes(u64),
+    /// Part of the memory that this process may have: that of the machine, or the limit of its memory cgroup
+    /// (v2 or v1) where that is less. Refused when as much is not available now.
+    Fraction(f64),
 }
 
 /// Sizes of an engine's memory.
@@ -70,7 +73,9 @@ impl EngineConfig {
     ///
     /// # Errors
     /// `InvalidArgument` for a block size of no or odd bytes, a memory too small for two blocks (the null
-    /// block and one more), more blocks than 32-bit ids, or a ratio that is no finite number >= 0.
+    /// block and one more), more blocks than 32-bit ids; `Unsupported` for a ratio that is no finite number >= 0, or
+    /// a fraction that is not of 0 to 1; `OutOfMemory`, with the arithmetic, for a fraction of the host that is not
+    /// available.
     pub fn sized(block_bytes: usize, device_bytes: u64, host: HostSize) -> Result<Self> {
         let ids = |count: u64, what: &str| {
             u32::try_from(count).ok().filter(|n| *n <= i32::MAX as u32).ok_or_else(|| {
@@ -102,6 +107,12 @@ impl EngineConfig {
                 return Err(Error::unsupported(OP, "host ratio", ratio, "finite numbers >= 0"));
             }
             HostSize::Bytes(bytes) => bytes / slot_bytes(block_bytes),
+            HostSize::Fraction(fraction) if (0.0..=1.0).contains(&fraction) => {
+                fraction_of_host(fraction)? / slot_bytes(block_bytes)
+            }
+            HostSize::Fraction(fraction) => {
+                return Err(Error::unsupported(OP, "host fraction", fraction, "0 to 1"));
+            }
         };
         Ok(Self { block_bytes, num_blocks, num_slots: ids(slots, "host slots")? })
     }
@@ -122,6 +133,23 @@ fn addressable(bytes: u64, kind: &'static str) -> Result<usize> {
         let reason = "more than the address space".into();
         Error::new(OP, ErrorKind::OutOfMemory { kind, requested: bytes, reason })
     })
+}
+
+/// A part of what this process may have of the host, in bytes, if it is available.
+fn fraction_of_host(fraction: f64) -> Result<u64> {
+    let limits = host::describe_limits;
+    let limit = host::limit_bytes().ok_or_else(|| {
+        Error::invalid(OP, format!("the memory of the host is unknown ({}): say bytes", limits()))
+    })?;
+    let requested = (limit as f64 * fraction) as u64;
+    match host::available_bytes() {
+        Some(available) if requested > available => {
+            let reason =
+                format!("{fraction} of {limit} is more than the {available} left; {}", limits());
+            Err(Error::new(OP, ErrorKind::OutOfMemory { kind: "pinned host", requested, reason }))
+        }
+        _ => Ok(requested),
+    }
 }
 
 fn slot_bytes(block_bytes: usize) -> u64 {

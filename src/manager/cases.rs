@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+use super::eviction::Entry;
 use super::groups::align_down;
 use super::hash::BlockHash;
 use super::retention::Boundaries;
@@ -410,7 +411,13 @@ impl Host {
         let mut events = Events::default();
         events.enabled = true;
         Self {
-            tier: SlotTier::new(Tier::Host, number(slots) as u32, 1, HostConfig::new(0).breaker),
+            tier: SlotTier::new(
+                Tier::Host,
+                number(slots) as u32,
+                1,
+                Eviction::Lru,
+                HostConfig::new(0).breaker,
+            ),
             events,
         }
     }
@@ -424,7 +431,8 @@ impl Host {
         let room = missing <= self.tier.capacity() - self.tier.pinned();
         let mut slots = Vec::new();
         for &key in keys.iter().filter(|_| room) {
-            match self.tier.reserve((0, hash(key)), key, NULL, &mut self.events) {
+            match self.tier.reserve((0, hash(key)), key, (NULL, Entry::default()), &mut self.events)
+            {
                 Reserved::New(slot) => slots.push((key, slot)),
                 Reserved::Held => {}
                 Reserved::Full => panic!("there was room"),

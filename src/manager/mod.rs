@@ -23,7 +23,6 @@ mod preempt;
 mod prefetch;
 mod prefix;
 mod prometheus;
-mod queue;
 mod ranks;
 mod retention;
 mod sequence;
@@ -360,9 +359,9 @@ impl Manager {
             policy: Policy { retention: config.retention, alignment },
             hash_block: if config.prefix_caching { unit } else { 0 },
             device: DeviceTier::new(Pool::new(config.num_blocks, config.eviction), groups.len()),
-            host: config
-                .host
-                .map(|host| SlotTier::new(Tier::Host, host.num_slots, groups.len(), host.breaker)),
+            host: config.host.map(|host| {
+                SlotTier::new(Tier::Host, host.num_slots, groups.len(), host.eviction, host.breaker)
+            }),
             storage: None,
             storage_config: None,
             cost: None,
@@ -488,13 +487,13 @@ impl Manager {
         for row in &sequence.rows {
             self.device.pool.release(row.table.iter().rev().copied());
         }
-        if let Some(host) = &mut self.host {
-            // Its copies on the host become recent, the start of the sequence most of all.
+        // Its copies in lower tiers become recent, the start of the sequence most of all.
+        for tier in self.host.iter_mut().chain(&mut self.storage) {
             for (g, (group, row)) in self.groups.iter().zip(&sequence.rows).enumerate() {
                 for &b in row.stored.iter().rev() {
                     let hash = &sequence.tokens.hashes()[group.key_index(b as usize)];
-                    if let Some(slot) = host.find(g, hash) {
-                        host.touch(slot);
+                    if let Some(slot) = tier.slot_of(g, hash) {
+                        tier.released(slot);
                     }
                 }
             }
@@ -563,7 +562,7 @@ impl Manager {
     }
 
     /// Gives everything that a sequence has cached up to now a priority of at least `priority` (0 at first; 31
-    /// and more are one), which [`Eviction::Priority`] goes by.
+    /// and more are one), which [`Eviction::Priority`] goes by, in every tier that has it.
     ///
     /// # Errors
     /// `UnknownSequence`.
@@ -571,8 +570,16 @@ impl Manager {
         let Some(sequence) = self.sequences.get(&seq) else {
             return Err(Error::new("prioritize", ErrorKind::UnknownSequence(seq)));
         };
-        for &id in sequence.rows.iter().flat_map(|row| &row.table).filter(|&&id| id != NULL) {
-            self.device.pool.order.raise(id, priority);
+        for (g, row) in sequence.rows.iter().enumerate() {
+            for &id in row.table.iter().filter(|&&id| id != NULL) {
+                self.device.pool.order.raise(id, priority);
+                let block = self.device.pool.block(id);
+                for tier in self.host.iter_mut().chain(&mut self.storage).filter(|_| block.cached) {
+                    if let Some(slot) = tier.slot_of(g, &block.hash) {
+                        tier.raise(slot, priority);
+                    }
+                }
+            }
         }
         Ok(())
     }

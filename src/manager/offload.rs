@@ -49,11 +49,15 @@ pub(super) fn offer(
             block.uses = block.uses.saturating_add(1);
         } else if block.cached {
             let settled = block.settled;
+            let entry = device.pool.order.entry(id);
             let hash = sequence.tokens.hashes()[groups[g].key_index(b)];
             let room = flights.in_flight(Direction::Offload) < config.max_offloads as usize
                 && host.lets_through();
-            match if room { host.reserve((g, hash), b as u32, id, events) } else { Reserved::Full }
-            {
+            match if room {
+                host.reserve((g, hash), b as u32, (id, entry), events)
+            } else {
+                Reserved::Full
+            } {
                 Reserved::Held => {}
                 Reserved::New(slot) => {
                     host.started();
@@ -145,7 +149,7 @@ impl Manager {
                 continue;
             }
             let reserved = match host.lets_through() {
-                true => host.reserve(key, block.index, id, events),
+                true => host.reserve(key, block.index, (id, device.pool.order.entry(id)), events),
                 false => Reserved::Full,
             };
             match reserved {

@@ -108,7 +108,12 @@ impl Manager {
         }
         let (mut saved, mut offloads) = (Vec::with_capacity(blocks.len()), 0);
         for (group, index, id, hash) in blocks {
-            let slot = match host.reserve((group, hash), index as u32, id, &mut self.events) {
+            let slot = match host.reserve(
+                (group, hash),
+                index as u32,
+                (id, self.device.pool.order.entry(id)),
+                &mut self.events,
+            ) {
                 Reserved::New(slot) => {
                     host.pin(slot);
                     host.started();

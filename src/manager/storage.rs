@@ -90,8 +90,13 @@ impl Manager {
                 "a storage tier is attached, or one that was detached has transfers in flight",
             ));
         }
-        let mut tier =
-            SlotTier::new(Tier::Storage, config.num_slots, self.groups.len(), config.breaker);
+        let mut tier = SlotTier::new(
+            Tier::Storage,
+            config.num_slots,
+            self.groups.len(),
+            config.eviction,
+            config.breaker,
+        );
         let mut events = self.events.draft();
         let adopted = stored.iter().all(|block| {
             (block.group as usize) < self.groups.len()
@@ -146,8 +151,13 @@ impl Manager {
                 "a host tier is attached, or one that was detached has transfers in flight",
             ));
         }
-        let mut host =
-            SlotTier::new(Tier::Host, config.num_slots, self.groups.len(), config.breaker);
+        let mut host = SlotTier::new(
+            Tier::Host,
+            config.num_slots,
+            self.groups.len(),
+            config.eviction,
+            config.breaker,
+        );
         host.tick(self.now);
         self.host = Some(host);
         self.config.host = Some(config);
@@ -215,7 +225,7 @@ impl Manager {
     pub(super) fn want(&mut self, from: StorageSlot, waiter: Waiter) {
         if let Some(storage) = &mut self.storage {
             storage.pin(from);
-            storage.touch(from);
+            storage.hit(from);
             storage.stats[waiter.key().0].hit_blocks += 1;
         }
         let queue = match waiter {
@@ -229,7 +239,7 @@ impl Manager {
     pub(super) fn onboard(&mut self, load: &Load, slot: HostSlot) {
         if let Some(host) = &mut self.host {
             host.pin(slot);
-            host.touch(slot);
+            host.hit(slot);
             host.started();
             host.stats[load.group].hit_blocks += 1;
         }
@@ -272,7 +282,12 @@ impl Manager {
             } else if busy || !storage.lets_through() {
                 return;
             } else {
-                match host.reserve(key, waiter.index() as u32, NULL, &mut self.events) {
+                match host.reserve(
+                    key,
+                    waiter.index() as u32,
+                    (NULL, storage.entry(from)),
+                    &mut self.events,
+                ) {
                     // Found above.
                     Reserved::Held => return,
                     Reserved::New(slot) => {
@@ -313,7 +328,8 @@ impl Manager {
             && let Some(slot) = self.to_persist.pop_front()
         {
             let Some((group, hash, index)) = host.to_persist(slot) else { continue };
-            match storage.reserve((group, hash), index, NULL, &mut self.events) {
+            match storage.reserve((group, hash), index, (NULL, host.entry(slot)), &mut self.events)
+            {
                 Reserved::Held => {}
                 Reserved::New(to) => {
                     host.pin(slot);

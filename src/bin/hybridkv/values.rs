@@ -1,7 +1,11 @@
 //! Values as the command line writes and reads them.
 
 use hybridkv::error::{Error, ErrorKind, Result};
+use hybridkv::manager::Eviction;
 use hybridkv::spec::ModelSpec;
+use serde::Deserialize;
+use serde::de::IntoDeserializer;
+use serde::de::value::StrDeserializer;
 
 /// A preset by name, or a Hugging Face `config.json` by path.
 pub fn load_model(name: &str) -> Result<ModelSpec> {
@@ -34,6 +38,12 @@ pub fn parse_bytes(text: &str) -> Result<u64> {
     };
     let bytes = number * unit as f64;
     if bytes >= 1.0 && bytes < (1u64 << 50) as f64 { Ok(bytes as u64) } else { Err(refuse()) }
+}
+
+/// An eviction policy by its name.
+pub fn parse_eviction(name: &str) -> Result<Eviction, String> {
+    let name: StrDeserializer<'_, serde::de::value::Error> = name.into_deserializer();
+    Eviction::deserialize(name).map_err(|error| error.to_string())
 }
 
 /// `4M`, `65536`, ...: a number with a binary unit.

@@ -1,5 +1,4 @@
-//! Eviction: the order in which blocks without a user give way. The device pool goes by it; the host and storage
-//! tiers are LRU (tiers/slots.rs).
+//! Eviction: the order in which blocks without a user give way, in every tier by a policy of its own.
 //!
 //! A tier tells its [`Order`] what happens to its blocks; the order answers which one is reused next. Blocks
 //! that hold nothing stand in front of all others, then the rest, as the tier's [`Policy`] ranks them.
@@ -161,6 +160,16 @@ impl Order {
         self.entries[id as usize] = entry;
     }
 
+    /// A block holds something now of which another tier knows this.
+    pub fn adopted(&mut self, id: u32, entry: Entry) {
+        self.entries[id as usize] = Entry { tag: 0, ..entry };
+    }
+
+    /// What is known of what a block holds.
+    pub fn entry(&self, id: u32) -> Entry {
+        self.entries[id as usize]
+    }
+
     /// What a block holds is used by one more.
     pub fn hit(&mut self, id: u32) {
         let entry = &mut self.entries[id as usize];
@@ -211,6 +220,14 @@ impl Order {
     /// Lets a block whose turn had come stand in line as the first of those that hold something.
     pub fn place_first(&mut self, id: u32) {
         self.lists.push_front(DEMOTED, id);
+    }
+
+    /// Takes a block out of line, if it stands there, whatever becomes of it.
+    pub fn remove(&mut self, id: u32) {
+        if self.lists.contains(id) {
+            self.policy.leave(&mut self.entries[id as usize]);
+            self.lists.remove(id);
+        }
     }
 
     /// Takes the next block out of line.

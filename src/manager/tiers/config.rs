@@ -2,7 +2,7 @@
 
 use super::breaker::BreakerConfig;
 use crate::error::{Error, Result};
-use crate::manager::{BlockHash, StorageSlot};
+use crate::manager::{BlockHash, Eviction, StorageSlot};
 
 /// When a block is written to the host tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -27,6 +27,8 @@ pub struct HostConfig {
     pub num_slots: u32,
     /// When blocks are written to it.
     pub write: WritePolicy,
+    /// Which block gives way first.
+    pub eviction: Eviction,
     /// Offloads in flight at most; what comes on top waits for its turn.
     pub max_offloads: u32,
     /// A hit that saves fewer tokens than this over what the device holds is not loaded (SGLang's
@@ -42,6 +44,7 @@ impl HostConfig {
         Self {
             num_slots,
             write: WritePolicy::Through,
+            eviction: Eviction::Lru,
             max_offloads: 4096,
             load_back_threshold: 0,
             breaker: BreakerConfig { failures: 64, retry_ns: 1_000_000_000 },
@@ -98,6 +101,8 @@ impl Default for PrefetchPolicy {
 pub struct StorageConfig {
     /// Block-sized slots.
     pub num_slots: u32,
+    /// Which block gives way first.
+    pub eviction: Eviction,
     /// Transfers to it in flight at most; what comes on top waits for its turn.
     pub max_persists: u32,
     /// Transfers from it in flight at most, likewise.
@@ -115,6 +120,7 @@ impl StorageConfig {
     pub fn new(num_slots: u32) -> Self {
         Self {
             num_slots,
+            eviction: Eviction::Lru,
             max_persists: 256,
             max_fetches: 256,
             prefetch: PrefetchPolicy::default(),

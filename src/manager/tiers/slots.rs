@@ -1,14 +1,14 @@
-//! A tier of block-sized slots: the index of what they hold, and the order in which they give way (least
-//! recently used first; of one sequence the end before the start).
+//! A tier of block-sized slots: the index of what they hold, and the order in which they give way, as the tier's
+//! eviction policy ranks them; of one sequence the end before the start.
 
 use super::breaker::{Breaker, BreakerConfig};
 use super::index::{Index, Tag};
-use crate::manager::BlockId;
 use crate::manager::events::{EventKind, Events, Tier};
+use crate::manager::eviction::{Entry, Order, is_last_of_stride};
 use crate::manager::hash::BlockHash;
 use crate::manager::pool::NULL;
-use crate::manager::queue::IndexQueue;
 use crate::manager::stats::TierStats;
+use crate::manager::{BlockId, Eviction};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -52,9 +52,9 @@ pub(in super::super) struct SlotTier {
     slots: Vec<Slot>,
     index: Index,
     free: Vec<u32>,
-    /// Slots that hold or receive a block, as indices `slot + 1`, the next to go first. One that was in
-    /// use when its turn came stands outside and comes back to the front.
-    order: IndexQueue,
+    /// In line stand slots that hold or receive a block. One that was in use when its turn came stands outside and
+    /// comes back as the first.
+    order: Order,
     /// Resident slots without pins.
     evictable: usize,
     pub breaker: Breaker,
@@ -63,7 +63,13 @@ pub(in super::super) struct SlotTier {
 }
 
 impl SlotTier {
-    pub fn new(tier: Tier, num_slots: u32, num_groups: usize, breaker: BreakerConfig) -> Self {
+    pub fn new(
+        tier: Tier,
+        num_slots: u32,
+        num_groups: usize,
+        eviction: Eviction,
+        breaker: BreakerConfig,
+    ) -> Self {
         let slot = Slot {
             hash: BlockHash::NONE,
             index: 0,
@@ -78,7 +84,7 @@ impl SlotTier {
             slots: vec![slot; num_slots as usize],
             index: Index::new(num_slots),
             free: (0..num_slots).rev().collect(),
-            order: IndexQueue::new(num_slots + 1),
+            order: Order::new(eviction, num_slots),
             evictable: 0,
             breaker: Breaker::new(breaker),
             now: 0,
@@ -152,7 +158,8 @@ impl SlotTier {
         let entry = &mut self.slots[slot as usize];
         *entry = Slot { hash, group: group as u16, state: State::Resident, ..*entry };
         self.index.insert(Tag::new(group, &hash), slot);
-        self.order.push_back(slot + 1);
+        self.order.stored(slot, 0, false);
+        self.order.place(slot);
         self.evictable += 1;
         let stats = &mut self.stats[group];
         stats.stored_blocks += 1;
@@ -211,17 +218,17 @@ impl SlotTier {
     }
 
     /// Reserves a slot for a block that the tier lacks, to be written from the device block `source` ([`NULL`]:
-    /// from elsewhere), evicting another one for it; nothing is changed when
-    /// that cannot be (R6).
+    /// from elsewhere), of which the tier it comes from knows `entry`, evicting another one for it; nothing is
+    /// changed when that cannot be (R6).
     pub fn reserve(
         &mut self,
         (group, hash): (usize, BlockHash),
         index: u32,
-        source: BlockId,
+        (source, entry): (BlockId, Entry),
         events: &mut Events,
     ) -> Reserved {
         if let Some(slot) = self.slot_of(group, &hash) {
-            self.touch(slot);
+            self.hit(slot);
             return Reserved::Held;
         }
         let Some(slot) = self.free.pop().or_else(|| self.evict(events)) else {
@@ -237,7 +244,9 @@ impl SlotTier {
             pins: 1,
         };
         self.index.insert(Tag::new(group, &hash), slot);
-        self.order.push_back(slot + 1);
+        self.order.adopted(slot, entry);
+        self.remember(slot);
+        self.order.place(slot);
         Reserved::New(slot)
     }
 
@@ -277,9 +286,7 @@ impl SlotTier {
         // Said of a failed store, too: who was told of the transfer learns how it ended.
         events.push(EventKind::Removed, group.into(), self.tier, index, hash);
         self.index.remove(Tag::new(group.into(), &hash), slot);
-        if self.order.contains(slot + 1) {
-            self.order.remove(slot + 1);
-        }
+        self.order.remove(slot);
         self.slots[slot as usize].state = State::Doomed;
         self.free_doomed(slot);
     }
@@ -294,12 +301,47 @@ impl SlotTier {
         }
     }
 
-    /// Makes a block the last one to go.
+    /// A block is used once more.
+    pub fn hit(&mut self, slot: u32) {
+        self.order.hit(slot);
+        self.remember(slot);
+        self.touch(slot);
+    }
+
+    /// Makes a block the most recent one.
     pub fn touch(&mut self, slot: u32) {
-        if self.order.contains(slot + 1) {
-            self.order.remove(slot + 1);
+        self.order.leave(slot);
+        self.order.place(slot);
+    }
+
+    /// A sequence ends that used the block; told of its end first. The first one to use it gives it its place, as if
+    /// it had been stored only now: where the first to be stored is the first to go, too, ends go before starts.
+    pub fn released(&mut self, slot: u32) {
+        let entry = self.order.entry(slot);
+        if entry.uses <= 1 {
+            self.order.remove(slot);
+            self.order.adopted(slot, entry);
         }
-        self.order.push_back(slot + 1);
+        self.touch(slot);
+    }
+
+    /// What is known of a block, for the tier that it moves to.
+    pub fn entry(&self, slot: u32) -> Entry {
+        self.order.entry(slot)
+    }
+
+    /// What a slot holds is of this priority at least.
+    pub fn raise(&mut self, slot: u32, priority: u8) {
+        self.order.raise(slot, priority);
+    }
+
+    /// Lets the policy learn from a use.
+    fn remember(&mut self, slot: u32) {
+        let Slot { hash, group, index, .. } = *self.slot(slot);
+        if is_last_of_stride(index as usize) {
+            let windowed = self.order.entry(slot).windowed;
+            self.order.recall(hash.key(group.into()), windowed);
+        }
     }
 
     /// Keeps a slot from eviction until [`Self::unpin`].
@@ -318,8 +360,8 @@ impl SlotTier {
         }
         if entry.state == State::Resident {
             self.evictable += 1;
-            if !self.order.contains(slot + 1) {
-                self.order.insert_after(0, slot + 1);
+            if !self.order.contains(slot) {
+                self.order.place_first(slot);
             }
         }
         self.free_doomed(slot);
@@ -353,10 +395,13 @@ impl SlotTier {
             return None;
         }
         loop {
-            let slot = self.order.pop_front()? - 1;
+            let slot = self.order.pop()?;
             let Slot { hash, group, index, state, pins, .. } = *self.slot(slot);
             if state == State::Resident && pins == 0 {
                 self.evictable -= 1;
+                if is_last_of_stride(index as usize) {
+                    self.order.evicted(slot, hash.key(group.into()));
+                }
                 self.index.remove(Tag::new(group.into(), &hash), slot);
                 let stats = &mut self.stats[group as usize];
                 stats.cached_blocks -= 1;

@@ -80,8 +80,8 @@ enum Chunks {
 #[serde(deny_unknown_fields)]
 struct Host {
     blocks: u32,
-    #[serde(default)]
-    policy: HostPolicy,
+    #[serde(default = "lru")]
+    policy: Eviction,
     #[serde(default)]
     write: Write,
     /// Offers of a block before it is stored.
@@ -96,13 +96,9 @@ pub struct Storage {
     pub path: Option<String>,
     /// Budget.
     pub bytes: u64,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum HostPolicy {
-    #[default]
-    Lru,
+    /// As of the host tier.
+    #[serde(default = "lru")]
+    pub policy: Eviction,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
@@ -209,6 +205,14 @@ impl Config {
     }
 }
 
+impl Storage {
+    /// The tier of so many slots, whatever it is asked for: a session has no clock, so that a tier which was left
+    /// alone would never be tried again.
+    pub fn config(&self, num_slots: u32) -> StorageConfig {
+        StorageConfig { eviction: self.policy, breaker: NEVER, ..StorageConfig::new(num_slots) }
+    }
+}
+
 impl Host {
     fn config(&self) -> Result<HostConfig> {
         let write = match (self.write, self.store_threshold) {
@@ -222,8 +226,12 @@ impl Host {
                 return Err(Error::invalid(OP, "write_back knows no store_threshold"));
             }
         };
-        let HostPolicy::Lru = self.policy;
-        Ok(HostConfig { breaker: NEVER, ..HostConfig::new(self.blocks).with_write(write) })
+        let eviction = self.policy;
+        Ok(HostConfig {
+            eviction,
+            breaker: NEVER,
+            ..HostConfig::new(self.blocks).with_write(write)
+        })
     }
 }
 
@@ -242,12 +250,6 @@ impl Group {
             )),
         }
     }
-}
-
-/// The storage tier of so many slots, whatever it is asked for: a session has no clock, so that a tier which was
-/// left alone would never be tried again.
-pub fn storage(num_slots: u32) -> StorageConfig {
-    StorageConfig { breaker: NEVER, ..StorageConfig::new(num_slots) }
 }
 
 /// The fields in which the crate's defaults differ from replay's.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use hybridkv::error::{ErrorKind, Result};
 use hybridkv::manager::{ExtraKeys, Manager, Outcome, SeqId, WritePolicy};
 
-use super::config::{self, Config};
+use super::config::Config;
 use super::figures::{Figures, Phase, Times};
 use crate::trace::{Trace, output_token};
 
@@ -23,7 +23,7 @@ pub fn replay(trace: &Trace, config: &Config) -> Result<(Manager, Figures)> {
     if let Some(storage) = config.storage() {
         let slots = storage.bytes.checked_div(config.block_bytes()).unwrap_or(0);
         let slots = u32::try_from(slots).unwrap_or(u32::MAX);
-        manager.attach_storage(config::storage(slots), &[])?;
+        manager.attach_storage(storage.config(slots), &[])?;
     }
     let mut times = Times::with_capacity(trace.len());
     let (mut prompt, mut output) = (Vec::new(), Vec::new());

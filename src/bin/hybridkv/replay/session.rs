@@ -5,7 +5,8 @@ use std::io::{BufRead, Write};
 
 use hybridkv::error::{Error, ErrorKind, Result};
 use hybridkv::manager::{
-    Completion, Cut, Direction, Event, ExtraKeys, HashedTokens, Hit, Manager, SeqId, WritePolicy,
+    Completion, Cut, Direction, Event, ExtraKeys, HashedTokens, Hit, Manager, SeqId, StorageConfig,
+    WritePolicy,
 };
 use serde_json::{Map, Value, json};
 
@@ -66,7 +67,7 @@ struct Session {
     memory: Option<Memory>,
     write_back: bool,
     /// Of the storage tier, if there is one.
-    storage_slots: Option<u32>,
+    storage: Option<StorageConfig>,
     sequences: HashMap<Id, Sequence>,
     names: HashMap<SeqId, Id>,
     /// Number of the next sequence that is not named by a number of its own.
@@ -95,21 +96,22 @@ impl Session {
         let identity = fields.identity;
         let mut manager = Manager::oversubscribed(fields)?;
         manager.record_events(true);
-        let mut storage_slots = None;
+        let mut attached = None;
         if let Some(storage) = config.storage() {
             let (Some(memory), Some(path)) = (&mut memory, &storage.path) else {
                 return Err(Error::invalid(OP, "storage needs a path, and a host tier above it"));
             };
             let (slots, stored) = memory.attach_storage(path, storage.bytes, identity)?;
-            manager.attach_storage(config::storage(slots), &stored)?;
-            storage_slots = Some(slots);
+            let storage = storage.config(slots);
+            manager.attach_storage(storage, &stored)?;
+            attached = Some(storage);
         }
         Ok(Self {
             manager,
             block_bytes: config.block_bytes(),
             memory,
             write_back,
-            storage_slots,
+            storage: attached,
             sequences: HashMap::new(),
             names: HashMap::new(),
             next: FIRST_NUMBER,
@@ -302,10 +304,10 @@ impl Session {
 
     fn reset(&mut self) -> Result<Value> {
         let done = self.manager.reset_prefix_cache();
-        if let (true, Some(memory), Some(slots)) = (done, &mut self.memory, self.storage_slots) {
+        if let (true, Some(memory), Some(storage)) = (done, &mut self.memory, self.storage) {
             // The manager has let go of the storage tier: emptied, it comes back.
             memory.clear_storage()?;
-            self.manager.attach_storage(config::storage(slots), &[])?;
+            self.manager.attach_storage(storage, &[])?;
         }
         Ok(json!({ "ok": done }))
     }
@@ -469,7 +471,7 @@ impl Session {
             return Err(Error::invalid(OP, "there are no transfers without a host tier"));
         };
         let of_storage = matches!(place, Place::StorageRead | Place::StorageWrite);
-        if of_storage && self.storage_slots.is_none() {
+        if of_storage && self.storage.is_none() {
             return Err(Error::invalid(OP, "there is no storage tier"));
         }
         memory.inject(place, kind, count);
@@ -496,7 +498,7 @@ impl Session {
         if self.memory.is_some() {
             tiers["host"] = tier(usage.host_used, usage.host_capacity, usage.host_pinned);
         }
-        if self.storage_slots.is_some() {
+        if self.storage.is_some() {
             tiers["storage"] =
                 tier(usage.storage_used, usage.storage_capacity, usage.storage_pinned);
         }

@@ -16,8 +16,9 @@ use std::str::FromStr;
 
 use hybridkv::engine::{Fault, FaultKind};
 use hybridkv::error::{Error, ErrorKind, Result};
-use hybridkv::manager::{Direction, WritePolicy};
+use hybridkv::manager::{Direction, Eviction, PrefetchPolicy, WritePolicy};
 
+use crate::values::parse_eviction;
 use content::Scales;
 use progress::Progress;
 use report::Report;
@@ -46,6 +47,19 @@ pub struct Args {
     /// Host slots per device block.
     #[arg(long, default_value_t = 2.0)]
     pub host_ratio: f64,
+    /// Size of the host tier as a part of the memory that this process may have, by the machine and its memory
+    /// cgroup; refused when as much is not available.
+    #[arg(long, conflicts_with = "host_ratio")]
+    pub host_fraction: Option<f64>,
+    /// Which cached block gives way first on the device: lru, fifo, lfu, slru, arc, priority, reuse.
+    #[arg(long, value_parser = parse_eviction, default_value = "reuse")]
+    pub eviction: Eviction,
+    /// The same on the host.
+    #[arg(long, value_parser = parse_eviction, default_value = "lru")]
+    pub host_eviction: Eviction,
+    /// The same in storage.
+    #[arg(long, value_parser = parse_eviction, default_value = "lru")]
+    pub storage_eviction: Eviction,
     /// When blocks are written to the host: through (as they are computed), selective (when they are used a
     /// second time), back (before they are evicted).
     #[arg(long, value_enum, default_value_t = Write::Through)]
@@ -60,6 +74,10 @@ pub struct Args {
     /// Bytes of the storage tier, e.g. 64GiB.
     #[arg(long, default_value = "16GiB", requires = "storage")]
     pub storage_bytes: String,
+    /// How long a request that waits for its turn gives the fetch of what storage holds of its prompt: best-effort
+    /// (it starts with what has arrived), wait (for all of it), timeout (1 s and 0.25 s per 1024 tokens).
+    #[arg(long, value_enum, requires = "storage")]
+    pub prefetch: Option<PrefetchFor>,
     /// Tokens per block.
     #[arg(long, default_value_t = 16)]
     pub block_size: u32,
@@ -130,6 +148,24 @@ impl From<Write> for WritePolicy {
 pub enum Onboard {
     Layers,
     Whole,
+}
+
+/// Prefetch policies as the command line names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum PrefetchFor {
+    BestEffort,
+    Wait,
+    Timeout,
+}
+
+impl From<PrefetchFor> for PrefetchPolicy {
+    fn from(prefetch: PrefetchFor) -> Self {
+        match prefetch {
+            PrefetchFor::BestEffort => Self::BestEffort,
+            PrefetchFor::Wait => Self::WaitComplete,
+            PrefetchFor::Timeout => Self::default(),
+        }
+    }
 }
 
 /// A fault as the command line writes it.

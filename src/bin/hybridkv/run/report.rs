@@ -68,6 +68,8 @@ pub struct Hits {
     pub device_tokens: u64,
     pub host_tokens: u64,
     pub storage_tokens: u64,
+    /// Blocks that were fetched from storage for requests that waited.
+    pub prefetched_blocks: u64,
 }
 
 /// What a tier holds at the end.
@@ -160,6 +162,7 @@ impl Report {
                 device_tokens: counters.device_hit_tokens,
                 host_tokens: counters.host_hit_tokens,
                 storage_tokens: counters.storage_hit_tokens,
+                prefetched_blocks: counters.prefetched_blocks,
             },
             device_tier: tiers.0,
             host_tier: tiers.1,
@@ -224,7 +227,7 @@ impl Report {
             (
                 "prefix hits",
                 format!(
-                    "{:.1} % of {} prompt tokens: device {:.1} %, host {:.1} %, storage {:.1} %; {} requests ran \
+                    "{:.1} % of {} prompt tokens: device {:.1} %, host {:.1} %, storage {:.1} %, {} blocks prefetched; {} requests ran \
                      behind their loads, {} failed loads",
                     self.hits.percent(
                         self.hits.device_tokens + self.hits.host_tokens + self.hits.storage_tokens
@@ -233,6 +236,7 @@ impl Report {
                     self.hits.percent(self.hits.device_tokens),
                     self.hits.percent(self.hits.host_tokens),
                     self.hits.percent(self.hits.storage_tokens),
+                    self.hits.prefetched_blocks,
                     self.overlapped,
                     self.failed_loads
                 ),

@@ -3,7 +3,9 @@
 use hybridkv::device::Device;
 use hybridkv::engine::{EngineConfig, FileStoreConfig, HostSize, LayerwiseLoads, SyncPolicy};
 use hybridkv::error::{Error, Result};
-use hybridkv::manager::{Eviction, GroupConfig, HostConfig, ManagerConfig, Retention};
+use hybridkv::manager::{
+    Eviction, GroupConfig, HostConfig, ManagerConfig, PrefetchPolicy, Retention, StorageConfig,
+};
 use hybridkv::spec::{AttentionKind, GroupPlan, LayerSpec, ModelSpec};
 
 use super::content::Elements;
@@ -102,6 +104,11 @@ pub struct Setup {
     pub engine: EngineConfig,
     pub manager: ManagerConfig,
     pub storage: Option<FileStoreConfig>,
+    pub storage_eviction: Eviction,
+    /// How long waiting requests give their prefetches; `None` when there are none.
+    pub prefetch: Option<PrefetchPolicy>,
+    /// Tokens that a prefetch is to save at least.
+    pub prefetch_threshold: u32,
     /// How loads are cut for steps that run behind them; `None` when steps wait for all of them.
     pub layerwise: Option<LayerwiseLoads>,
     pub max_seqs: usize,
@@ -116,6 +123,17 @@ pub struct Setup {
 }
 
 impl Setup {
+    /// The storage tier over a store of so many slots.
+    pub fn storage_config(&self, num_slots: u32) -> StorageConfig {
+        let config = StorageConfig::new(num_slots);
+        StorageConfig {
+            eviction: self.storage_eviction,
+            prefetch: self.prefetch.unwrap_or(config.prefetch),
+            prefetch_threshold: self.prefetch_threshold,
+            ..config
+        }
+    }
+
     /// Resolves arguments for a device.
     ///
     /// # Errors
@@ -189,8 +207,8 @@ impl Setup {
             None if on_cpu => 1024 * plan.block_bytes as u64,
             None => 2 << 30,
         };
-        let engine =
-            EngineConfig::sized(plan.block_bytes, device_mem, HostSize::Ratio(args.host_ratio))?;
+        let host = args.host_fraction.map_or(HostSize::Ratio(args.host_ratio), HostSize::Fraction);
+        let engine = EngineConfig::sized(plan.block_bytes, device_mem, host)?;
         let max_batch_tokens = args.max_batch_tokens.unwrap_or(if on_cpu { 256 } else { 8192 });
         let max_seqs = args.max_seqs.unwrap_or(if on_cpu { 8 } else { 64 });
         if max_batch_tokens == 0 || max_seqs == 0 {
@@ -205,11 +223,13 @@ impl Setup {
             num_blocks: engine.num_blocks,
             prefix_caching: true,
             retention: Retention { interval: Some(0), slack: 1, dense_chunks: false },
-            eviction: Eviction::Reuse,
+            eviction: args.eviction,
             max_model_len: u32::try_from(workload.longest()).unwrap_or(u32::MAX),
             in_flight_tokens: u32::try_from(STEPS_IN_FLIGHT * max_batch_tokens).unwrap_or(u32::MAX),
-            host: (engine.num_slots > 0)
-                .then(|| HostConfig::new(engine.num_slots).with_write(args.write.into())),
+            host: (engine.num_slots > 0).then(|| HostConfig {
+                eviction: args.host_eviction,
+                ..HostConfig::new(engine.num_slots).with_write(args.write.into())
+            }),
             identity: identity(elements, &spec, &plan),
         };
         let storage = match &args.storage {
@@ -230,6 +250,9 @@ impl Setup {
             spec,
             plan,
             storage,
+            storage_eviction: args.storage_eviction,
+            prefetch: args.prefetch.map(PrefetchPolicy::from),
+            prefetch_threshold: StorageConfig::new(0).prefetch_threshold / shrink as u32,
             layerwise: (args.onboard == Onboard::Layers).then_some(layerwise),
             workload,
             engine,

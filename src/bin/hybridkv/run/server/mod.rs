@@ -11,18 +11,17 @@
 //! A prompt is allocated up to its hit first and appended chunk by chunk as it is scheduled: a block is
 //! findable only once the step that writes it is submitted.
 
+mod prefetch;
 mod transfers;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hybridkv::device::{Device, Event, Stream};
 use hybridkv::engine::{BatchTables, BlockStore, Engine, Fault, FileStore, SeqSlice};
 use hybridkv::error::{Error, ErrorKind, Result};
-use hybridkv::manager::{
-    BlockId, ExtraKeys, Manager, Outcome, SeqId, StorageConfig, Transfer, TransferId,
-};
+use hybridkv::manager::{BlockId, ExtraKeys, Manager, Outcome, SeqId, Transfer, TransferId};
 use hybridkv::ops::Kernels;
 use hybridkv::ops::synthetic::history;
 
@@ -31,6 +30,7 @@ use super::model::{LayerTimer, Model, Reach, sink_logits};
 use super::sampling::{Sampler, Sequence};
 use super::setup::{Request, STEPS_IN_FLIGHT, Setup};
 use super::verify::{Oracle, Tally};
+use prefetch::Fetch;
 
 /// Attention is timed in one step of this many.
 pub const TIMED_STEPS: u64 = 8;
@@ -53,6 +53,8 @@ pub struct Counters {
     pub device_hit_tokens: u64,
     pub host_hit_tokens: u64,
     pub storage_hit_tokens: u64,
+    /// Blocks that were fetched for requests that waited.
+    pub prefetched_blocks: u64,
     /// Tokens computed: prefill and decode.
     pub prefill_tokens: u64,
     pub decode_tokens: u64,
@@ -84,12 +86,22 @@ impl AttentionTime {
 
 /// A request that waits.
 struct Job {
+    /// Its name once it is allocated, and of its prefetch until then.
+    seq: SeqId,
     request: Request,
     /// History hash of every token.
     hashes: Arc<[u64]>,
     /// Tokens to prefill: the prompt, and after a preemption what was put out as well.
     prompt_len: usize,
     preempted: bool,
+    fetch: Fetch,
+}
+
+impl Job {
+    /// Whether the turn before it has ended.
+    fn may_start(&self, ended: &[bool]) -> bool {
+        self.request.after.is_none_or(|request| ended[request])
+    }
 }
 
 /// A request that runs.
@@ -177,7 +189,7 @@ impl Server {
         let mut engine = Engine::new(kernels.clone(), setup.engine)?;
         if let Some(config) = &setup.storage {
             let store = Arc::new(FileStore::open(config.clone())?);
-            manager.attach_storage(StorageConfig::new(store.num_slots()), store.stored())?;
+            manager.attach_storage(setup.storage_config(store.num_slots()), store.stored())?;
             engine.attach_storage(store, STORAGE_THREADS)?;
         }
         if let Some(loads) = setup.layerwise {
@@ -324,6 +336,11 @@ impl Server {
         if self.running.len() > 1 {
             return self.preempt_youngest();
         }
+        if self.running.is_empty() && self.waiting.iter().any(|job| job.fetch == Fetch::UnderWay) {
+            // For a prefetch that will be given up at its time.
+            std::thread::sleep(Duration::from_millis(1));
+            return Ok(());
+        }
         // One request has the pool to itself and its sizes were checked: the manager must have room.
         Err(Error::new(
             "run",
@@ -391,6 +408,7 @@ impl Server {
     /// Admits waiting requests, oldest first, while there is room for their prompts. Outputs are not
     /// reserved for: what they lack later is taken from the youngest request.
     fn admit(&mut self) -> Result<()> {
+        self.prefetch()?;
         while self.running.len() < self.setup.max_seqs
             && (!self.pressed || self.running.is_empty())
             && let Some(at) = self.next_job()
@@ -406,7 +424,7 @@ impl Server {
             if !self.running.is_empty() && needed > self.manager.free_blocks() {
                 break;
             }
-            let seq = self.next_seq;
+            let seq = job.seq;
             let prompt = &job.request.tokens[..job.prompt_len];
             let allocated = self.manager.allocate_prefill(seq, prompt, 1, ExtraKeys::default(), 0);
             let allocation = match allocated {
@@ -414,7 +432,6 @@ impl Server {
                 Err(error) if matches!(error.kind(), ErrorKind::NoFreeBlocks { .. }) => break,
                 Err(error) => return Err(error),
             };
-            self.next_seq += 1;
             for &block in allocation.new_blocks.iter().flatten() {
                 self.poison(block)?;
             }
@@ -452,31 +469,46 @@ impl Server {
     /// Where in `waiting` the oldest request stands that may start: turns of one conversation follow each
     /// other.
     fn next_job(&mut self) -> Option<usize> {
-        let Self { waiting, ended, .. } = self;
-        let may_start = |job: &Job| job.request.after.is_none_or(|request| ended[request]);
-        if let Some(at) = waiting.iter().position(may_start) {
+        let may_start = |job: &Job| job.may_start(&self.ended) && job.fetch == Fetch::Over;
+        if let Some(at) = self.waiting.iter().position(may_start) {
             return Some(at);
         }
-        while self.waiting.len() < LOOK_AHEAD && self.next_request < self.setup.workload.len() {
-            let request = self.setup.workload.request(self.next_request);
-            self.next_request += 1;
-            let mut hash = 0;
-            let hashes = request
-                .tokens
-                .iter()
-                .map(|&token| {
-                    hash = history(hash, token);
-                    hash
-                })
-                .collect();
-            let may_start = request.after.is_none_or(|request| self.ended[request]);
-            let prompt_len = request.prompt_len;
-            self.waiting.push_back(Job { request, hashes, prompt_len, preempted: false });
-            if may_start {
+        while self.waiting.len() < LOOK_AHEAD && !self.all_drawn() && self.setup.prefetch.is_none()
+        {
+            self.draw();
+            if self.waiting.back().is_some_and(|job| job.may_start(&self.ended)) {
                 return Some(self.waiting.len() - 1);
             }
         }
         None
+    }
+
+    /// Draws the next request.
+    fn draw(&mut self) {
+        let request = self.setup.workload.request(self.next_request);
+        self.next_request += 1;
+        let mut hash = 0;
+        let hashes = request
+            .tokens
+            .iter()
+            .map(|&token| {
+                hash = history(hash, token);
+                hash
+            })
+            .collect();
+        let (seq, fetch) = (self.name(), self.unfetched());
+        let prompt_len = request.prompt_len;
+        self.waiting.push_back(Job { seq, request, hashes, prompt_len, preempted: false, fetch });
+    }
+
+    /// A name that no sequence has had.
+    fn name(&mut self) -> SeqId {
+        self.next_seq += 1;
+        self.next_seq - 1
+    }
+
+    fn unfetched(&self) -> Fetch {
+        if self.setup.prefetch.is_some() { Fetch::Unasked } else { Fetch::Over }
     }
 
     /// Fills a newly taken block with NaN, so that whatever is read before it is written shows.
@@ -642,7 +674,8 @@ impl Server {
         let prompt_len = live.job.prompt_len.max(live.appended);
         let index = live.job.request.index;
         let at = self.waiting.partition_point(|job| job.request.index < index);
-        self.waiting.insert(at, Job { prompt_len, preempted: true, ..live.job });
+        let (seq, fetch) = (self.name(), self.unfetched());
+        self.waiting.insert(at, Job { seq, prompt_len, preempted: true, fetch, ..live.job });
     }
 }
 
