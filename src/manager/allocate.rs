@@ -244,6 +244,7 @@ impl Manager {
         }
         let mut sequence = Sequence {
             tokens,
+            open_end: 0,
             computed: hit,
             settled: hit,
             rows: tables,
@@ -309,6 +310,10 @@ impl Manager {
         check_runs(OP, seq, sequence)?;
         let num_tokens = sequence.tokens.len() + tokens.len();
         check_length(OP, num_tokens, config.max_model_len as usize)?;
+        if num_tokens < sequence.open_end {
+            sequence.tokens.push(tokens);
+            return Ok(());
+        }
         let before = sequence.tokens.len();
         let boundaries = sequence.boundaries;
         let caching = config.prefix_caching;
@@ -327,6 +332,8 @@ impl Manager {
         let grower = Grower { groups, policy, device, copies, events };
         grow(grower, &mut sequence.rows, before, goal, new_block);
         cache(groups, policy, device, events, sequence);
+        let ends = groups.iter().map(|group| num_tokens.next_multiple_of(group.block_size));
+        sequence.open_end = ends.min().unwrap_or(0);
         Ok(())
     }
 

@@ -85,6 +85,7 @@ impl Manager {
         self.generation += 1;
         let sequence = Sequence {
             tokens,
+            open_end: 0,
             rows,
             computed: shared,
             settled: of.settled,
@@ -98,6 +99,10 @@ impl Manager {
             lost: Vec::new(),
             repaired: false,
         };
+        // Its tail is not its own any more.
+        if let Some(of) = self.sequences.get_mut(&parent) {
+            of.open_end = 0;
+        }
         self.cancel_prefetch(child);
         self.sequences.insert(child, sequence);
         Ok(shared)
@@ -212,6 +217,7 @@ impl Manager {
             row.cut(whole);
         }
         sequence.tokens.truncate(tokens);
+        sequence.open_end = 0;
         sequence.computed = sequence.computed.min(tokens);
         sequence.settled = sequence.settled.min(tokens);
         sequence.repaired &= sequence.computed < tokens;

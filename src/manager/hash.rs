@@ -173,6 +173,9 @@ impl HashedTokens {
             return;
         }
         self.tokens.extend_from_slice(tokens);
+        if self.tokens.len() < (self.hashes.len() + 1) * self.unit {
+            return;
+        }
         let mut last = self.hashes.last().copied().unwrap_or(self.seed);
         let units = self.tokens[self.hashes.len() * self.unit..].chunks_exact(self.unit);
         self.hashes.reserve(units.len());

@@ -237,6 +237,7 @@ impl Manager {
         loads.iter().for_each(|load| rows[load.group].loading += 1);
         let mut sequence = Sequence {
             tokens,
+            open_end: 0,
             computed,
             settled: computed,
             rows,

@@ -52,6 +52,9 @@ pub(super) struct Inherited {
 pub(super) struct Sequence {
     /// Tokens given so far.
     pub tokens: HashedTokens,
+    /// An append that stays below so many tokens neither takes nor fills a block in any group, and writes blocks
+    /// that are the sequence's own; 0 while that is not known.
+    pub open_end: usize,
     /// Tokens whose computation has been submitted.
     pub computed: usize,
     /// Tokens whose computation has finished.

@@ -1,6 +1,6 @@
 use proptest::prelude::*;
 
-use super::{Entry, Eviction, Order};
+use super::{Eviction, Order};
 
 const LEN: u32 = 12;
 

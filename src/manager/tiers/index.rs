@@ -127,7 +127,7 @@ impl Index {
 }
 
 fn cell(tag: Tag, place: u32) -> u64 {
-    u64::from(tag.0) << 32 | u64::from(place) + 1
+    (u64::from(tag.0) << 32) | (u64::from(place) + 1)
 }
 
 #[cfg(test)]
