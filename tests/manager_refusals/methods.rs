@@ -98,6 +98,15 @@ fn methods() -> Vec<Method<Managed>> {
             |s, a| show(s.m.prioritize(a.seq, a.raw.odd)),
             |s, a| s.of_live(a.seq, |_| false),
         ),
+        method(
+            "reserve",
+            2,
+            |s, a| show(s.m.reserve(a.seq, a.n)),
+            |s, a| {
+                let live = s.live.contains_key(&a.seq);
+                s.of_live(a.seq, |_| false).when(live && a.n > MOST as usize, "TooLong")
+            },
+        ),
         method("block_row", 1, |s, a| show(s.m.block_row(a.seq, a.raw.group)), Managed::of_group),
         method("table", 1, |s, a| show(s.m.table(a.seq, a.raw.group)), Managed::of_group),
         method("loading", 1, |s, a| show(s.m.loading(a.seq, a.raw.group)), Managed::of_group),
@@ -327,6 +336,7 @@ fn methods() -> Vec<Method<Managed>> {
         total("free_blocks", 1, |s, _| show(Ok(s.m.free_blocks()))),
         total("hash_unit", 1, |s, _| show(Ok(s.m.hash_unit()))),
         total("stats", 1, |s, _| show(Ok(Stats { refused: 0, ..s.m.stats() }))),
+        total("metadata", 1, |s, _| show(Ok(s.m.metadata()))),
         total("usage", 1, |s, _| show(Ok(s.m.usage()))),
         total("free_queue", 1, |s, _| show(Ok(s.m.free_queue()))),
         total("ref_counts", 1, |s, _| show(Ok(s.m.ref_counts()))),
@@ -364,6 +374,7 @@ fn a_manager_never_knows_what_it_refused() {
         "free",
         "abort",
         "prioritize",
+        "reserve",
         "block_row",
         "table",
         "loading",
