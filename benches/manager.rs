@@ -22,7 +22,7 @@ fn manager(model: &str, num_blocks: u32) -> Manager {
         groups: GroupConfig::of(&plan),
         num_blocks,
         prefix_caching: true,
-        retention: Retention { interval: Some(0), slack: 1, dense_chunks: false },
+        retention: Retention::default(),
         eviction: Eviction::Reuse,
         max_model_len: 16 * (BLOCKS as u32 + 512),
         in_flight_tokens: 1 << 20,

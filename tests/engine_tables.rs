@@ -39,7 +39,7 @@ fn manager(groups: &[LayerGroup]) -> Manager {
         groups: groups.iter().map(group).collect(),
         num_blocks: 4000,
         prefix_caching: true,
-        retention: Retention { interval: Some(0), slack: 1, dense_chunks: false },
+        retention: Retention::default(),
         eviction: Eviction::Lru,
         max_model_len: 4000,
         in_flight_tokens: 256,

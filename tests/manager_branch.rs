@@ -18,7 +18,7 @@ fn manager(num_blocks: u32) -> Manager {
         groups: vec![GroupConfig::new(AttentionKind::Full, 4), GroupConfig::new(sliding, 4)],
         num_blocks,
         prefix_caching: true,
-        retention: Retention { interval: None, slack: 0, dense_chunks: true },
+        retention: Retention::dense(),
         eviction: Eviction::Lru,
         max_model_len: (num_blocks - 1) / 2 * 4,
         in_flight_tokens: num_blocks * 4,

@@ -12,7 +12,7 @@ mod oracle;
 #[path = "manager_properties/prefixes.rs"]
 mod prefixes;
 
-use hybridkv::manager::{Eviction, GroupConfig, ManagerConfig, Retention};
+use hybridkv::manager::{Eviction, GroupConfig, ManagerConfig, Retention, Slack};
 use hybridkv::spec::{AttentionKind, GroupKind};
 use proptest::prelude::*;
 
@@ -70,11 +70,15 @@ fn alignment(groups: &[GroupConfig]) -> usize {
 fn retention(groups: &[GroupConfig]) -> impl Strategy<Value = Retention> + use<> {
     let alignment = alignment(groups) as u32;
     let interval = prop_oneof![Just(None), Just(Some(0u32)), (1u32..4).prop_map(Some)];
-    (interval, 0u32..3, any::<bool>()).prop_map(move |(interval, slack, dense_chunks)| Retention {
-        interval: interval.map(|k| k * alignment),
-        slack,
-        dense_chunks,
-    })
+    let slack = prop_oneof![4 => (0u32..3).prop_map(Slack::Units), 1 => Just(Slack::ByKind)];
+    (interval, slack, any::<bool>(), any::<bool>()).prop_map(
+        move |(interval, slack, dense_chunks, ends)| Retention {
+            interval: interval.map(|k| k * alignment),
+            slack,
+            dense_chunks,
+            ends,
+        },
+    )
 }
 
 fn config() -> impl Strategy<Value = ManagerConfig> {

@@ -34,7 +34,7 @@ fn manager() -> Manager {
         ],
         num_blocks: CONFIG.num_blocks,
         prefix_caching: true,
-        retention: Retention { interval: None, slack: 0, dense_chunks: true },
+        retention: Retention::dense(),
         eviction: hybridkv::manager::Eviction::Lru,
         max_model_len: 192,
         in_flight_tokens: 1 << 20,

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use hybridkv::ErrorKind;
 use hybridkv::manager::{
     Completion, Eviction, ExtraKeys, GroupConfig, HostConfig, Manager, ManagerConfig, Outcome,
-    Place, Retention, Transfer,
+    Place, Retention, Slack, Transfer,
 };
 use hybridkv::spec::{AttentionKind, GroupKind};
 use proptest::prelude::*;
@@ -31,7 +31,7 @@ fn config(retention: Retention, sizes: [u32; 2], num_blocks: u32) -> ManagerConf
 }
 
 fn sparse() -> Retention {
-    Retention { interval: Some(0), slack: 0, dense_chunks: false }
+    Retention { interval: Some(0), dense_chunks: false, ..Retention::dense() }
 }
 
 fn held(m: &Manager, seq: u64) -> Vec<usize> {
@@ -243,7 +243,7 @@ proptest! {
         num_blocks in 45u32..90,
         ops in prop::collection::vec(op(), 1..80),
     ) {
-        let retention = Retention { interval, slack, dense_chunks: false };
+        let retention = Retention { interval, slack: Slack::Units(slack), dense_chunks: false, ends: false };
         let Ok(m) = Manager::new(config(retention, sizes, num_blocks)) else { return Ok(()) };
         let mut world = World {
             m,

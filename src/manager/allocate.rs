@@ -1,7 +1,7 @@
 //! Lookup, allocation and growth of sequences: what is found is pinned, what is missing is taken, and what
 //! the tokens fill becomes findable.
 
-use super::eviction::{Order, is_last_of_stride};
+use super::eviction::{Order, is_last_of_stride, last_of_stride};
 use super::groups::align_down;
 use super::grow::{Goal, Grower, grow, lacking};
 use super::pool::NULL;
@@ -162,7 +162,7 @@ impl Manager {
         let max_model_len = self.config.max_model_len as usize;
         let slots = num_tokens.saturating_add(lookahead).min(max_model_len);
 
-        let boundaries = self.policy.boundaries(prompt, junction);
+        let boundaries = self.policy.boundaries(prompt, hit, junction);
         let caching = self.config.prefix_caching;
         let goal = Goal { boundaries: &boundaries, tokens: num_tokens, slots, caching };
         let (mut fresh, mut held, mut unused) = (0, 0, 0);
@@ -198,9 +198,8 @@ impl Manager {
         for (g, (group, row)) in self.groups.iter().zip(&rows).enumerate() {
             for b in group.needed(hit) {
                 let order = &mut self.device.pool.order;
-                if is_last_of_stride(b) {
-                    let hash = &tokens.hashes()[group.key_index(b)];
-                    order.recall(hash.key(g), !group.is_full());
+                if is_last_of_stride(b) && self.policy.remembers(g) {
+                    order.recall(tokens.hashes()[group.key_index(b)].key(g));
                 }
                 if row[b] != NULL {
                     order.hit(row[b]);
@@ -425,19 +424,22 @@ pub(super) fn cache(
     let Sequence { tokens, boundaries, rows, .. } = sequence;
     let hashes = tokens.hashes();
     for (g, (group, row)) in groups.iter().zip(rows).enumerate() {
-        let considered = std::mem::replace(&mut row.considered, end / group.block_size);
-        let mut next = considered;
-        while next < row.considered {
-            // The blocks of a stride have one memory, which goes by the last of them.
-            let last = next - next % Order::STRIDE + Order::STRIDE - 1;
-            let stride = next..row.considered.min(last + 1);
+        let end = end / group.block_size;
+        let mut next = std::mem::replace(&mut row.considered, end);
+        let mut known = Known { end: next, before: 0 };
+        while next < end {
+            if next == known.end {
+                let order = &mut device.pool.order;
+                known = recall(policy, group, boundaries, order, (g, row, hashes), next);
+            }
+            let stride = next..known.end.min(last_of_stride(next) + 1);
             next = stride.end;
             // A block of a forked sequence can have been cached for another one: by the same tokens, so
             // under the same hash.
             let (mut kept, mut count) = ([0; Order::STRIDE], 0);
             for b in stride {
                 let id = row.table[b];
-                if id != NULL && !device.pool.block(id).cached && policy.keeps(group, boundaries, b)
+                if id != NULL && !device.pool.block(id).cached && policy.finds(group, boundaries, b)
                 {
                     kept[count] = b;
                     count += 1;
@@ -445,19 +447,45 @@ pub(super) fn cache(
             }
             let kept = kept[..count].iter().map(|&b| (b, &hashes[group.key_index(b)]));
             device.warm(g, kept.clone().map(|(_, hash)| hash));
-            let before = match last < row.considered && policy.keeps(group, boundaries, last) {
-                true => {
-                    let key = hashes[group.key_index(last)].key(g);
-                    device.pool.order.recall(key, !group.is_full())
-                }
-                false => 0,
-            };
             for (b, &hash) in kept {
-                device.insert(g, hash, b, row.table[b], (before, !group.is_full()));
+                device.insert(g, hash, b, row.table[b], known.before);
                 events.push(EventKind::Stored, g as u32, Tier::Device, b as u32, hash);
             }
         }
     }
+}
+
+/// Blocks up to `end` that count as used `before` times before they were stored.
+struct Known {
+    end: usize,
+    before: u8,
+}
+
+/// Notes a use of what block `b` of a row holds, and those behind it whose fate it shares; gives how often it has
+/// been used before. The blocks of a stride have one memory, which goes by the last of them.
+fn recall(
+    policy: &Policy,
+    group: &Group,
+    boundaries: &Boundaries,
+    order: &mut Order,
+    (g, row, hashes): (usize, &Row, &[BlockHash]),
+    b: usize,
+) -> Known {
+    if !policy.remembers(g) {
+        return Known { end: row.considered, before: 0 };
+    }
+    let end = policy.shared_fate(group, boundaries, b).min(row.considered);
+    let mut before = match policy.tied && b > 0 && policy.shared_fate(group, boundaries, b - 1) > b
+    {
+        true => order.uses(row.table[b - 1]).saturating_sub(1),
+        false => 0,
+    };
+    for last in (last_of_stride(b)..end).step_by(Order::STRIDE) {
+        if policy.finds(group, boundaries, last) {
+            before = before.max(order.recall(hashes[group.key_index(last)].key(g)));
+        }
+    }
+    Known { end, before }
 }
 
 fn check_length(op: &'static str, tokens: usize, max_model_len: usize) -> Result<()> {

@@ -43,7 +43,7 @@ fn config(groups: Vec<GroupConfig>, num_blocks: usize, max_model_len: u32) -> Ma
         groups,
         num_blocks: num_blocks as u32,
         prefix_caching: true,
-        retention: Retention { interval: None, slack: 0, dense_chunks: true },
+        retention: Retention::dense(),
         eviction: Eviction::Lru,
         max_model_len,
         in_flight_tokens: 0,
@@ -166,7 +166,7 @@ fn prefix_010_duplicate_hashes() {
     let name = |name: &str| hash(u32::from(name.as_bytes()[0]));
     let mut device = DeviceTier::new(Pool::new(5, Eviction::Lru), 1);
     for (id, of) in case["setup"]["assign"].as_object().unwrap() {
-        device.insert(0, name(of.as_str().unwrap()), 0, id.parse::<u32>().unwrap() + 1, (0, false));
+        device.insert(0, name(of.as_str().unwrap()), 0, id.parse::<u32>().unwrap() + 1, 0);
     }
     let maps = case["expected"]["maps"].as_array().unwrap();
     for (evict, map) in [1, 0, 2, 3].into_iter().zip(maps) {
@@ -231,16 +231,11 @@ fn retain_004_reachable_blocks() {
         let block_size = number(&setup["block_size"]);
         let group =
             Group::new(&group(sliding(number(&setup["window"])), block_size as u32), block_size);
-        let policy = Policy {
-            retention: Retention {
-                interval: Some(number(&setup["retention_interval"]) as u32),
-                slack: 0,
-                dense_chunks: true,
-            },
-            alignment: number(&setup["alignment"]),
-        };
+        let interval = Some(number(&setup["retention_interval"]) as u32);
+        let retention = Retention { interval, ..Retention::dense() };
+        let policy = Policy::new(retention, number(&setup["alignment"]), &[group]);
         let ends = numbers::<usize>(&setup["boundaries_tokens"]);
-        let boundaries: Boundaries = policy.boundaries(ends[0] + 1, ends[1]);
+        let boundaries: Boundaries = policy.boundaries(ends[0] + 1, 0, ends[1]);
         let kept: Vec<u64> = (0..number(&setup["blocks"]))
             .filter(|&b| policy.keeps(&group, &boundaries, b))
             .map(|b| b as u64)

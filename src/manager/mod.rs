@@ -130,16 +130,49 @@ pub struct Retention {
     /// `None`: every aligned boundary (dense); `Some(0)`: only the replay boundary and junctions;
     /// `Some(k)`: also one tail every `k` tokens.
     pub interval: Option<u32>,
-    /// Alignment units kept to the left of every retained tail.
-    pub slack: u32,
+    /// What is kept to the left of every retained tail.
+    pub slack: Slack,
     /// Whether old chunks stay cached densely, like a full group's blocks.
     pub dense_chunks: bool,
+    /// Whether the end of every sequence, generated tokens included, is a retained boundary, too. What is
+    /// generated is then findable as it is filled; what leaves the window before the end, and no other boundary
+    /// needs, is reused first. Recurrent states have no such boundary.
+    pub ends: bool,
+}
+
+/// How much more than a tail is kept, so that a prompt that leaves the cached one a little before the boundary
+/// still hits.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Slack {
+    /// So many alignment units, in every group that keeps tails.
+    Units(u32),
+    /// What suits the kind of the group: half a window, or 32 alignment units where that is more; one alignment
+    /// unit of states; nothing of chunks, whose tails serve every shorter hit in the chunk as they are.
+    #[default]
+    ByKind,
+}
+
+impl Slack {
+    /// States kept to the left of every boundary.
+    pub(crate) fn states(self) -> usize {
+        match self {
+            Self::Units(n) => n as usize,
+            Self::ByKind => 1,
+        }
+    }
+}
+
+impl Retention {
+    /// Everything that an aligned hit can need, chunks densely: what vLLM keeps when it is not told otherwise.
+    pub fn dense() -> Self {
+        Self { interval: None, slack: Slack::Units(0), dense_chunks: true, ends: false }
+    }
 }
 
 impl Default for Retention {
-    /// Sparse: the replay boundary and junctions, with one alignment unit of slack.
+    /// Sparse: the replay boundary, junctions and the end of the sequence, with slack by kind.
     fn default() -> Self {
-        Self { interval: Some(0), slack: 1, dense_chunks: false }
+        Self { interval: Some(0), slack: Slack::ByKind, dense_chunks: false, ends: true }
     }
 }
 
@@ -356,7 +389,7 @@ impl Manager {
         }
         let groups: Vec<Group> = config.groups.iter().map(|g| Group::new(g, unit)).collect();
         Ok(Self {
-            policy: Policy { retention: config.retention, alignment },
+            policy: Policy::new(config.retention, alignment, &groups),
             hash_block: if config.prefix_caching { unit } else { 0 },
             device: DeviceTier::new(Pool::new(config.num_blocks, config.eviction), groups.len()),
             host: config.host.map(|host| {
@@ -450,20 +483,22 @@ impl Manager {
             let (flights, stats) = (&mut self.flights, &mut self.stats);
             let events = &mut self.events;
             let to_persist = &mut self.to_persist;
-            let device = &mut self.device;
-            offer(&self.groups, config, device, host, flights, events, stats, to_persist, sequence);
+            let (groups, policy, device) = (&self.groups, &self.policy, &mut self.device);
+            let parts = (flights, events, stats, &mut *to_persist);
+            offer(groups, policy, config, device, host, parts, sequence);
             vouch(&self.groups, &mut self.device, host, to_persist, sequence, settled);
         }
-        for (g, (group, row)) in self.groups.iter().zip(&mut sequence.rows).enumerate() {
+        for (g, group) in self.groups.iter().enumerate() {
             let first = group.first_needed(settled);
-            let start = row.first_live.max(group.sink_blocks);
+            let start = sequence.rows[g].first_live.max(group.sink_blocks);
             if first > start {
-                let left = &mut row.table[start..first];
+                let left = &sequence.rows[g].table[start..first];
                 for &id in left.iter().rev().filter(|&&id| id != NULL) {
                     freed_block(g, id);
                 }
-                self.device.pool.release(left.iter().rev().copied());
-                left.fill(NULL);
+                self.policy.release(&self.groups, &mut self.device.pool, sequence, g, start..first);
+                let row = &mut sequence.rows[g];
+                row.table[start..first].fill(NULL);
                 row.first_live = first;
             }
         }
@@ -480,13 +515,19 @@ impl Manager {
         let Some(mut sequence) = self.sequences.remove(&seq) else {
             return Err(Error::new("free", ErrorKind::UnknownSequence(seq)));
         };
-        if let Some(host) = &mut self.host {
+        self.policy.end(&self.groups, &mut sequence);
+        if let (Some(host), Some(config)) = (&mut self.host, &self.config.host) {
+            if sequence.boundaries.end > 0 {
+                self.events.seal();
+                let (flights, stats) = (&mut self.flights, &mut self.stats);
+                let (groups, policy, device) = (&self.groups, &self.policy, &mut self.device);
+                let parts = (flights, &mut self.events, stats, &mut self.to_persist);
+                offer(groups, policy, config, device, host, parts, &mut sequence);
+            }
             let (to_persist, computed) = (&mut self.to_persist, sequence.computed);
             vouch(&self.groups, &mut self.device, host, to_persist, &mut sequence, computed);
         }
-        for row in &sequence.rows {
-            self.device.pool.release(row.table.iter().rev().copied());
-        }
+        self.policy.release_all(&self.groups, &mut self.device.pool, &sequence);
         // Its copies in lower tiers become recent, the start of the sequence most of all.
         for tier in self.host.iter_mut().chain(&mut self.storage) {
             for (g, (group, row)) in self.groups.iter().zip(&sequence.rows).enumerate() {

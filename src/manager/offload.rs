@@ -11,22 +11,21 @@ use super::*;
 /// Blocks behind those that are to be reused now that write-back stores ahead of their turn.
 const CLEAN_AHEAD: usize = 64;
 
+/// The parts of the manager that an offer changes besides its tiers.
+pub(super) type OfferParts<'a> =
+    (&'a mut Flights, &'a mut Events, &'a mut Stats, &'a mut VecDeque<HostSlot>);
+
 /// Offers a sequence's computed and cached blocks to the host: by prefix, all groups together, so that what a
 /// small tier holds of a sequence is of use to every group. A sequence never gets more slots than there
-/// are, so that its end cannot push out its start. What finds no room is offered again with the next step.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the manager's parts, one of which is borrowed elsewhere"
-)]
+/// are, so that its end cannot push out its start. What finds no room is offered again with the next step. Of
+/// what only the end of the sequence can need, nothing is offered before it has ended.
 pub(super) fn offer(
     groups: &[Group],
+    policy: &Policy,
     config: &HostConfig,
     device: &mut DeviceTier,
     host: &mut SlotTier,
-    flights: &mut Flights,
-    events: &mut Events,
-    stats: &mut Stats,
-    to_persist: &mut VecDeque<HostSlot>,
+    (flights, events, stats, to_persist): OfferParts<'_>,
     sequence: &mut Sequence,
 ) {
     let uses = match config.write {
@@ -44,6 +43,10 @@ pub(super) fn offer(
         let Some((_, g)) = ends.filter(|&(end, _)| end <= sequence.computed).min() else { return };
         let row = &mut sequence.rows[g];
         let (b, id) = (row.offered, row.table[row.offered]);
+        row.offered += 1;
+        if !policy.offers(&groups[g], &sequence.boundaries, b) {
+            continue;
+        }
         let block = device.pool.block_mut(id);
         if block.cached && u32::from(block.uses) + 1 < uses {
             block.uses = block.uses.saturating_add(1);
@@ -67,6 +70,7 @@ pub(super) fn offer(
                     stats.of(Direction::Offload).started += 1;
                 }
                 Reserved::Full => {
+                    row.offered = b;
                     stats.offloads_refused += 1;
                     return;
                 }
@@ -77,7 +81,6 @@ pub(super) fn offer(
             row.stored.push(b as u32);
             stored += 1;
         }
-        row.offered += 1;
     }
 }
 

@@ -37,6 +37,17 @@ pub(super) struct Block {
     pins: u32,
 }
 
+/// Where a block with content stands in line when it has no user any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// By its own uses.
+    Own,
+    /// As if it had been used as often as this block.
+    Like(BlockId),
+    /// Before all others.
+    Demoted,
+}
+
 /// All blocks and the line of the unused ones.
 pub(super) struct Pool {
     blocks: Vec<Block>,
@@ -145,17 +156,35 @@ impl Pool {
     /// Drops one user of each of the blocks, given the end of the sequence first; null blocks are
     /// skipped. Those left without users stand in line again, the end of the sequence before its start.
     pub fn release(&mut self, blocks: impl Iterator<Item = BlockId>) {
+        let blocks = blocks.filter(|&id| id != NULL).map(|id| (0, id));
+        self.release_as(blocks, |_| Standing::Own);
+    }
+
+    /// [`Self::release`] of numbered blocks, none of them the null block, that stand where their numbers say.
+    pub fn release_as(
+        &mut self,
+        blocks: impl Iterator<Item = (usize, BlockId)>,
+        standing: impl Fn(usize) -> Standing,
+    ) {
         self.order.begin_release();
-        for id in blocks.filter(|&id| id != NULL) {
+        for (b, id) in blocks {
             let block = &mut self.blocks[id as usize];
             block.users -= 1;
             if block.users > 0 {
                 continue;
             }
             self.available += usize::from(block.pins == 0);
-            match block.cached {
-                true => self.order.place(id),
-                false => self.order.place_empty(id),
+            if !block.cached {
+                self.order.place_empty(id);
+                continue;
+            }
+            match standing(b) {
+                Standing::Own => self.order.place(id),
+                Standing::Like(other) => {
+                    self.order.follow(id, other);
+                    self.order.place(id);
+                }
+                Standing::Demoted => self.order.demote(id),
             }
         }
     }

@@ -132,11 +132,11 @@ impl Manager {
         }
         // Nobody will compute the other tokens for now.
         let dependents = self.cut(OP, seq, computed, Cached::Stays)?.dependents;
-        if let Some(sequence) = self.sequences.remove(&seq) {
-            for row in &sequence.rows {
-                self.device.pool.release(row.table.iter().rev().copied());
-            }
-            let Sequence { tokens, boundaries, generation, .. } = sequence;
+        if let Some(mut sequence) = self.sequences.remove(&seq) {
+            self.policy.end(&self.groups, &mut sequence);
+            self.policy.release_all(&self.groups, &mut self.device.pool, &sequence);
+            let Sequence { tokens, mut boundaries, generation, .. } = sequence;
+            boundaries.end = 0;
             let preempted = Preempted { tokens, computed, boundaries, generation, saved };
             self.preempted.insert(seq, preempted);
         }

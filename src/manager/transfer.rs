@@ -341,8 +341,7 @@ impl Manager {
             host.discard(slot, &mut self.events);
         }
         if succeeded && !private {
-            let windowed = !self.groups[load.group].is_full();
-            self.device.insert(load.group, load.hash, load.index, load.block, (1, windowed));
+            self.device.insert(load.group, load.hash, load.index, load.block, 1);
             let host = self.host.as_ref();
             let settled = host.is_some_and(|host| host.is_settled(load.group, &load.hash));
             self.device.pool.block_mut(load.block).settled = settled;

@@ -15,7 +15,7 @@ pub fn manager(kinds: &[AttentionKind], num_blocks: u32, host: Option<HostConfig
         groups: kinds.iter().map(group).collect(),
         num_blocks,
         prefix_caching: true,
-        retention: Retention { interval: None, slack: 0, dense_chunks: true },
+        retention: Retention::dense(),
         eviction: Eviction::Lru,
         max_model_len: (num_blocks - 1) / kinds.len() as u32 * 16,
         in_flight_tokens: 1 << 20,

@@ -208,6 +208,7 @@ impl World {
         self.complete_all(failures);
         if self.sequences.remove(&seq).is_some() {
             self.m.free(seq).unwrap();
+            self.start_transfers();
         }
         Ok(())
     }
@@ -292,6 +293,7 @@ impl World {
             }
             failed.extend(self.m.abort(seq).unwrap());
         }
+        self.start_transfers();
     }
 
     fn turn(&mut self) -> u64 {
@@ -652,6 +654,7 @@ fn run(config: ManagerConfig, tiers: Tiers, ops: Vec<Op>) -> Result<(), TestCase
                     } else {
                         world.m.free(seq).unwrap();
                         world.sequences.remove(&seq);
+                        world.start_transfers();
                     }
                 }
             }
@@ -703,6 +706,7 @@ fn run(config: ManagerConfig, tiers: Tiers, ops: Vec<Op>) -> Result<(), TestCase
         world.m.free(seq).unwrap();
         world.sequences.remove(&seq);
     }
+    world.start_transfers();
     world.complete_all(0);
     world.m.cancel_prefetch(world.next);
     prop_assert_eq!(world.m.free_blocks(), world.m.capacity());

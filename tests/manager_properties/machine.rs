@@ -587,7 +587,7 @@ impl World {
             failed.extend(self.m.abort(seq).unwrap());
         }
         self.replay_events(&writing)?;
-        Ok(())
+        self.start_transfers()
     }
 
     /// Ends a sequence: it is freed, or aborted when some of its work was never submitted.
@@ -600,7 +600,7 @@ impl World {
         self.sequences.remove(&seq);
         let lost = self.replay_events(&self.writing())?;
         prop_assert_eq!(lost, 0, "nothing was taken");
-        Ok(())
+        self.start_transfers()
     }
 
     /// Whether a sequence counts on tokens that another one has yet to compute.
@@ -724,7 +724,10 @@ impl World {
         let replay = (prompt - 1) / self.alignment * self.alignment;
         let boundary = |n: usize| n == replay || step > 0 && n.is_multiple_of(step);
         let mut lengths = (0..self.needed[g].len()).step_by(self.alignment);
-        full || windowed && lengths.any(|n| boundary(n) && self.needed[g][n].contains(&b))
+        // Every sequence may end where it is.
+        let generated = (b + 1) * self.size(g) > replay;
+        let ends = retention.ends && self.config.groups[g].kind != GroupKind::State && generated;
+        full || ends || windowed && lengths.any(|n| boundary(n) && self.needed[g][n].contains(&b))
     }
 
     fn check(&mut self) -> Check {

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use hybridkv::ErrorKind;
-use hybridkv::manager::{BlockId, ExtraKeys, Manager, ManagerConfig};
+use hybridkv::manager::{BlockId, ExtraKeys, Manager, ManagerConfig, Slack};
 use hybridkv::spec::{AttentionKind, GroupKind};
 use proptest::prelude::*;
 
@@ -28,7 +28,9 @@ struct Sequence {
 struct Oracle {
     config: ManagerConfig,
     alignment: usize,
-    queue: Vec<BlockId>,
+    /// Blocks without a user, those reused first in front: without content, demoted, and the others by the time
+    /// of their release.
+    queue: [Vec<BlockId>; 3],
     users: Vec<u32>,
     /// Per block, what it is findable as, with the order in which that was said.
     keys: Vec<Option<(u64, Key)>>,
@@ -41,7 +43,7 @@ impl Oracle {
         let n = config.num_blocks;
         Self {
             alignment: alignment(&config.groups),
-            queue: (1..n).collect(),
+            queue: [(1..n).collect(), Vec::new(), Vec::new()],
             users: vec![0; n as usize],
             keys: vec![None; n as usize],
             stamp: 0,
@@ -104,7 +106,8 @@ impl Oracle {
 
     /// Takes the blocks, or says why not: blocks needed of the queue, of which there are too few.
     fn take(&mut self, n: usize) -> Vec<BlockId> {
-        let taken: Vec<BlockId> = self.queue.drain(..n).collect();
+        let taken = self.queue.concat()[..n].to_vec();
+        self.queue.iter_mut().for_each(|queue| queue.retain(|id| !taken.contains(id)));
         for &id in &taken {
             self.users[id as usize] = 1;
             self.keys[id as usize] = None;
@@ -112,21 +115,32 @@ impl Oracle {
         taken
     }
 
-    fn release(&mut self, blocks: &[BlockId]) {
+    /// Gives blocks of a table back, as indices, with the length at which the sequence ended if it did.
+    fn release(&mut self, g: usize, sequence: &Sequence, blocks: &[usize], end: Option<usize>) {
         let mut unhashed = Vec::new();
-        for &id in blocks.iter().filter(|&&id| id != 0) {
+        for &b in blocks.iter().filter(|&&b| sequence.tables[g][b] != 0) {
+            let id = sequence.tables[g][b];
             self.users[id as usize] -= 1;
-            if self.users[id as usize] == 0 {
-                match self.keys[id as usize] {
-                    Some(_) => self.queue.push(id),
-                    None => unhashed.push(id),
-                }
+            if self.users[id as usize] > 0 {
+                continue;
+            }
+            let in_vain = self.may_end_with(g, sequence, b) && !self.keeps(g, sequence, b, end);
+            match self.keys[id as usize] {
+                None => unhashed.push(id),
+                Some(_) if in_vain => self.queue[1].push(id),
+                Some(_) => self.queue[2].push(id),
             }
         }
-        self.queue.splice(0..0, unhashed);
+        self.queue[0].splice(0..0, unhashed);
     }
 
-    fn keeps(&self, g: usize, sequence: &Sequence, b: usize) -> bool {
+    /// Whether the sequence may end so that its tail has the block.
+    fn may_end_with(&self, g: usize, sequence: &Sequence, b: usize) -> bool {
+        let replay = (sequence.prompt - 1) / self.alignment * self.alignment;
+        self.config.retention.ends && (b + 1) * self.size(g) > replay
+    }
+
+    fn keeps(&self, g: usize, sequence: &Sequence, b: usize, end: Option<usize>) -> bool {
         let (group, retention) = (&self.config.groups[g], &self.config.retention);
         let size = self.size(g);
         let all = match group.kind {
@@ -134,7 +148,13 @@ impl Oracle {
             GroupKind::Attention(AttentionKind::Chunked { .. }) => retention.dense_chunks,
             _ => false,
         };
-        let slack = retention.slack as usize * self.alignment / size;
+        let slack = match (retention.slack, group.kind) {
+            (Slack::Units(n), _) => n as usize * self.alignment / size,
+            (Slack::ByKind, GroupKind::Attention(AttentionKind::Sliding { window })) => {
+                (window as usize / 2).max(512).div_ceil(size)
+            }
+            (Slack::ByKind, _) => 0,
+        };
         let kept = |end: usize| {
             // The tail proper, sinks apart.
             let unsunk = super::GroupConfig { sink_tokens: 0, ..*group };
@@ -148,6 +168,7 @@ impl Oracle {
         };
         let align = |n: usize| n / self.alignment * self.alignment;
         let mut ends = vec![align(sequence.prompt - 1), align(sequence.junction)];
+        ends.extend(end.filter(|_| retention.ends).map(align));
         if every > 0 {
             ends.extend((1..40).map(|k| k * every));
         }
@@ -160,7 +181,8 @@ impl Oracle {
             let size = self.size(g);
             for b in sequence.considered[g]..end / size {
                 let id = sequence.tables[g][b] as usize;
-                if id != 0 && self.keeps(g, sequence, b) {
+                let finds = self.may_end_with(g, sequence, b) || self.keeps(g, sequence, b, None);
+                if id != 0 && finds {
                     let prefix = sequence.tokens[..(b + 1) * size].to_vec();
                     self.stamp += 1;
                     self.keys[id] = Some((self.stamp, (g, sequence.salt.clone(), prefix)));
@@ -200,12 +222,12 @@ impl Oracle {
         let unused = hits.iter().filter(|&&id| self.users[id as usize] == 0).count();
         let fresh: Vec<usize> =
             (0..n).map(|g| slots.div_ceil(self.size(g)) - sequence.tables[g].len()).collect();
-        if fresh.iter().sum::<usize>() + unused > self.queue.len() {
+        if fresh.iter().sum::<usize>() + unused > self.queue.concat().len() {
             return None;
         }
         for id in hits {
             self.users[id as usize] += 1;
-            self.queue.retain(|&queued| queued != id);
+            self.queue.iter_mut().for_each(|queue| queue.retain(|&queued| queued != id));
         }
         let mut new_blocks = Vec::new();
         for (g, fresh) in fresh.into_iter().enumerate() {
@@ -227,7 +249,7 @@ impl Oracle {
                 blocks.saturating_sub(sequence.tables[g].len())
             })
             .collect();
-        if fresh.iter().sum::<usize>() > self.queue.len() {
+        if fresh.iter().sum::<usize>() > self.queue.concat().len() {
             return None;
         }
         let mut new_blocks = Vec::new();
@@ -253,12 +275,12 @@ impl Oracle {
                     .any(|j| j >= settled || (settled..settled + 40).any(|i| sees(&group, i, j)))
                     || b * size < group.sink_tokens as usize
             };
-            let table = &mut sequence.tables[g];
+            let table = &sequence.tables[g];
             let gone: Vec<usize> =
                 (0..table.len()).rev().filter(|&b| table[b] != 0 && !live(b)).collect();
-            let ids: Vec<BlockId> = gone.iter().map(|&b| std::mem::take(&mut table[b])).collect();
-            self.release(&ids);
-            freed.push(ids);
+            self.release(g, &sequence, &gone, None);
+            let table = &mut sequence.tables[g];
+            freed.push(gone.iter().map(|&b| std::mem::take(&mut table[b])).collect());
         }
         self.sequences.insert(seq, sequence);
         freed
@@ -266,9 +288,9 @@ impl Oracle {
 
     fn free(&mut self, seq: u64) {
         let sequence = self.sequences.remove(&seq).unwrap();
-        for table in sequence.tables {
-            let ids: Vec<BlockId> = table.into_iter().rev().collect();
-            self.release(&ids);
+        for g in 0..sequence.tables.len() {
+            let blocks: Vec<usize> = (0..sequence.tables[g].len()).rev().collect();
+            self.release(g, &sequence, &blocks, Some(sequence.tokens.len()));
         }
     }
 
@@ -294,8 +316,8 @@ impl Oracle {
     }
 
     fn check(&self, m: &Manager) -> Result<(), TestCaseError> {
-        prop_assert_eq!(m.free_queue(), self.queue.clone());
-        prop_assert_eq!(m.free_blocks(), self.queue.len());
+        prop_assert_eq!(m.free_queue(), self.queue.concat());
+        prop_assert_eq!(m.free_blocks(), self.queue.concat().len());
         let used: Vec<(BlockId, u32)> = (1..self.config.num_blocks)
             .map(|id| (id, self.users[id as usize]))
             .filter(|&(_, users)| users > 0)
@@ -440,7 +462,7 @@ proptest! {
                     }
                 }
                 Op::Reset => {
-                    let idle = oracle.queue.len() == config.num_blocks as usize - 1;
+                    let idle = oracle.queue.concat().len() == config.num_blocks as usize - 1;
                     prop_assert_eq!(m.reset_prefix_cache(), idle);
                     if idle {
                         oracle.keys.fill(None);

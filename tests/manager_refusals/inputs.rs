@@ -205,7 +205,7 @@ pub fn config() -> impl Strategy<Value = ManagerConfig> {
             num_blocks,
             prefix_caching: true,
             retention: match dense {
-                true => Retention { interval: None, slack: 0, dense_chunks: true },
+                true => Retention::dense(),
                 false => Retention::default(),
             },
             eviction,

@@ -66,8 +66,6 @@ pub(super) struct Entry {
     pub uses: u8,
     /// The highest priority of its users.
     pub priority: u8,
-    /// Whether it is of a group that keeps tails only.
-    pub windowed: bool,
     /// The policy's own.
     pub tag: u8,
 }
@@ -79,7 +77,7 @@ trait Policy: Send {
 
     /// The content named by `key` has been stored or used; gives the uses of it before that the policy
     /// remembers of contents which the tier may have lost since.
-    fn used(&mut self, _key: u64, _windowed: bool, _lists: &mut Lists) -> u8 {
+    fn used(&mut self, _key: u64, _lists: &mut Lists) -> u8 {
         0
     }
 
@@ -106,14 +104,19 @@ trait Policy: Send {
     }
 }
 
+/// The last block of the stride that block `index` of a sequence is in.
+pub(super) fn last_of_stride(index: usize) -> usize {
+    index - index % Order::STRIDE + Order::STRIDE - 1
+}
+
 /// Whether block `index` of a sequence is the one that [`Order::recall`] is asked for.
 pub(super) fn is_last_of_stride(index: usize) -> bool {
-    index % Order::STRIDE == Order::STRIDE - 1
+    index == last_of_stride(index)
 }
 
 /// Blocks that hold nothing.
 const EMPTY: usize = 0;
-/// Blocks that hold something which no retained boundary needs.
+/// Blocks that hold something which is hardly of use to anybody, or whose turn had come.
 const DEMOTED: usize = 1;
 /// The first list of the policy.
 const POLICY: usize = 2;
@@ -147,17 +150,26 @@ impl Order {
 
     /// Notes a use of the content `key` and gives how often it has been used before, as far as the policy
     /// remembers. Asked for one block in [`Self::STRIDE`] of a sequence, of which it is the last.
-    pub fn recall(&mut self, key: u64, windowed: bool) -> u8 {
-        self.policy.used(key, windowed, &mut self.lists)
+    pub fn recall(&mut self, key: u64) -> u8 {
+        self.policy.used(key, &mut self.lists)
     }
 
     /// Blocks of a sequence that share one memory of their uses.
     pub const STRIDE: usize = 32;
 
     /// A block holds something now that has been used `before` times.
-    pub fn stored(&mut self, id: u32, before: u8, windowed: bool) {
-        let entry = Entry { uses: before.saturating_add(1), windowed, ..Entry::default() };
-        self.entries[id as usize] = entry;
+    pub fn stored(&mut self, id: u32, before: u8) {
+        self.entries[id as usize] = Entry { uses: before.saturating_add(1), ..Entry::default() };
+    }
+
+    /// Uses of what a block holds.
+    pub fn uses(&self, id: u32) -> u8 {
+        self.entries[id as usize].uses
+    }
+
+    /// What a block holds counts as used as often as what another one holds.
+    pub fn follow(&mut self, id: u32, other: u32) {
+        self.entries[id as usize].uses = self.entries[other as usize].uses;
     }
 
     /// A block holds something now of which another tier knows this.
@@ -228,6 +240,13 @@ impl Order {
             self.policy.leave(&mut self.entries[id as usize]);
             self.lists.remove(id);
         }
+    }
+
+    /// A block that has no user any more holds something that goes before what the policy ranks; of several
+    /// such blocks the first demoted.
+    pub fn demote(&mut self, id: u32) {
+        self.lists.remove(id);
+        self.lists.push_back(DEMOTED, id);
     }
 
     /// Takes the next block out of line.

@@ -1,7 +1,6 @@
 //! The crate's default: the block that is worth least gives way, and what it is worth is learned.
 //!
-//! Blocks of the same kind (full or windowed), number of uses and age are one class. Of each class the
-//! policy knows, from a sample of contents that it follows whether they stay in the tier or not, what
+//! Blocks of the same number of uses and age are one class. Of each class the policy knows, from a sample of contents that it follows whether they stay in the tier or not, what
 //! share is used again, and when. A block's worth is the largest ratio, over all times that it could be kept
 //! for, of the uses to be expected in that time to the time it will have been kept (the index of Gittins for
 //! the choice between many such bets; as hit density it ranks cache lines in Beckmann, Chen and Cidon,
@@ -17,8 +16,7 @@ use super::{Entry, Lists, POLICY, Policy};
 /// Uses that are told apart: 1, 2, 3, and 4 or more.
 const USES: usize = 4;
 const AGES: usize = 16;
-const CLASSES: usize = 2 * USES;
-const LISTS: usize = CLASSES * AGES;
+const LISTS: usize = USES * AGES;
 
 /// Ticks of the clock while as many blocks are released as the tier has.
 const TICKS_PER_TURNOVER: u32 = 256;
@@ -39,13 +37,13 @@ pub(super) struct Reuse {
     unit: u64,
     now: u32,
     /// Per class and age: contents used again at that age, contents lost sight of.
-    used: [[f64; AGES]; CLASSES],
-    lost: [[f64; AGES]; CLASSES],
+    used: [[f64; AGES]; USES],
+    lost: [[f64; AGES]; USES],
     /// Lists by worth, the least first, and the rank of each.
     ranked: [u8; LISTS],
     rank: [u8; LISTS],
     /// Ranks whose lists may hold something.
-    waiting: u128,
+    waiting: u64,
 }
 
 impl Reuse {
@@ -55,8 +53,8 @@ impl Reuse {
             clock: 0,
             unit: u64::from(len / TICKS_PER_TURNOVER).max(1),
             now: 0,
-            used: [[0.0; AGES]; CLASSES],
-            lost: [[0.0; AGES]; CLASSES],
+            used: [[0.0; AGES]; USES],
+            lost: [[0.0; AGES]; USES],
             ranked: std::array::from_fn(|i| i as u8),
             rank: std::array::from_fn(|i| i as u8),
             waiting: 0,
@@ -74,7 +72,7 @@ impl Reuse {
         self.now = self.now.wrapping_add(1);
         let oldest = (self.now.trailing_zeros() as usize).min(AGES - 2);
         for age in (0..=oldest).rev() {
-            for class in 0..CLASSES {
+            for class in 0..USES {
                 let (from, to) = (Self::list(class, age), Self::list(class, age + 1));
                 let (from_bit, to_bit) = (1 << self.rank[from], 1 << self.rank[to]);
                 if self.waiting & from_bit != 0 {
@@ -95,7 +93,7 @@ impl Reuse {
             lost[class(memory.info)][age(memory.age)] += 1.0;
         }
         let mut worth = [0.0; LISTS];
-        for class in 0..CLASSES {
+        for class in 0..USES {
             let used = &mut self.used[class];
             let mut at_risk = [0.0; AGES];
             let mut left = 0.0;
@@ -134,12 +132,12 @@ impl Policy for Reuse {
         LISTS
     }
 
-    fn used(&mut self, key: u64, windowed: bool, _: &mut Lists) -> u8 {
+    fn used(&mut self, key: u64, _: &mut Lists) -> u8 {
         let sampled = self.history.line(key) < SAMPLE_LINES;
         let mut before = 0;
         let was = self.history.write(key, self.now, |memory| {
-            before = memory.map_or(0, |memory| memory.info & 7);
-            u32::from(windowed) << 3 | (before + 1).min(7)
+            before = memory.map_or(0, |memory| memory.info);
+            before + 1
         });
         match was {
             Before::Same(Memory { age: a, info }) if sampled => {
@@ -155,8 +153,7 @@ impl Policy for Reuse {
 
     fn place(&mut self, id: u32, lists: &mut Lists, entries: &mut [Entry]) {
         let entry = &entries[id as usize];
-        let uses = u32::from(entry.uses.clamp(1, 7));
-        let list = Self::list(class(u32::from(entry.windowed) << 3 | uses), 0);
+        let list = Self::list(class(entry.uses.into()), 0);
         lists.push_back(POLICY + list, id);
         self.waiting |= 1 << self.rank[list];
         self.clock += 1;
@@ -185,9 +182,9 @@ impl Policy for Reuse {
     }
 }
 
-/// The class of what the history writes down: bit 3 windowed, bits 0 to 2 the uses.
-fn class(info: u32) -> usize {
-    (info >> 3 & 1) as usize * USES + ((info & 7).max(1) as usize - 1).min(USES - 1)
+/// The class of a number of uses, which is what the history writes down.
+fn class(uses: u32) -> usize {
+    (uses.max(1) as usize - 1).min(USES - 1)
 }
 
 /// The list in which blocks of an age in ticks stand: list `a` has those from 3/4 to 3/2 of `1 << a` on average.

@@ -43,7 +43,7 @@ proptest! {
             let now = naive.now;
             match (op, naive.blocks.iter().position(|block| block.0 == id)) {
                 (0, None) => {
-                    order.stored(id, 0, false);
+                    order.stored(id, 0);
                     order.raise(id, priority);
                     order.place(id);
                     naive.blocks.push((id, 1, priority, now, Some(now)));
@@ -68,7 +68,7 @@ proptest! {
     #[test]
     fn every_policy_gives_back_each_block_once(
         which in 0usize..7,
-        stored in prop::collection::vec((any::<u64>(), 0u8..9, any::<bool>()), 1..400),
+        stored in prop::collection::vec((any::<u64>(), 0u8..9), 1..400),
     ) {
         let eviction = [
             Eviction::Lru, Eviction::Fifo, Eviction::Lfu, Eviction::Slru, Eviction::Arc,
@@ -76,9 +76,9 @@ proptest! {
         ][which];
         let len = stored.len() as u32;
         let mut order = Order::new(eviction, len);
-        for (id, &(key, hits, windowed)) in (0u32..).zip(&stored) {
-            let before = order.recall(key, windowed);
-            order.stored(id, before, windowed);
+        for (id, &(key, hits)) in (0u32..).zip(&stored) {
+            let before = order.recall(key);
+            order.stored(id, before);
             (0..hits).for_each(|_| order.hit(id));
             order.place(id);
         }
@@ -98,7 +98,7 @@ fn hits(eviction: Eviction, len: u32, contents: impl Iterator<Item = u64>) -> us
     let mut hits = 0;
     for content in contents {
         let key = content.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ content.rotate_left(40);
-        let before = order.recall(key, false);
+        let before = order.recall(key);
         if let Some(id) = held.iter().position(|&c| c == Some(content)) {
             hits += 1;
             order.hit(id as u32);
@@ -107,7 +107,7 @@ fn hits(eviction: Eviction, len: u32, contents: impl Iterator<Item = u64>) -> us
         } else if let Some(id) = order.pop() {
             order.evicted(id, key);
             held[id as usize] = Some(content);
-            order.stored(id, before, false);
+            order.stored(id, before);
             order.place(id);
         }
     }

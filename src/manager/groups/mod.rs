@@ -103,7 +103,7 @@ impl Group {
             GroupKind::State => {
                 // The slot, the checkpoint that it began with, and those between settled and computed.
                 let edges = in_flight / self.block_size + 1;
-                let per_end = 1 + retention.slack as usize;
+                let per_end = 1 + retention.slack.states();
                 let kept = match retention.interval {
                     None => edges,
                     Some(0) => 2 * per_end,

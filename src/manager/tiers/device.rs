@@ -46,16 +46,9 @@ impl DeviceTier {
         })
     }
 
-    /// Makes a block findable that has been used `before` times, of a group that is `windowed` or not.
-    pub fn insert(
-        &mut self,
-        group: usize,
-        hash: BlockHash,
-        index: usize,
-        id: BlockId,
-        (before, windowed): (u8, bool),
-    ) {
-        self.pool.order.stored(id, before, windowed);
+    /// Makes a block findable whose content has been used `before` times.
+    pub fn insert(&mut self, group: usize, hash: BlockHash, index: usize, id: BlockId, before: u8) {
+        self.pool.order.stored(id, before);
         let tag = Tag::new(group, &hash);
         match self.find_tagged(tag, group, &hash) {
             None => self.index.insert(tag, id),

@@ -158,7 +158,7 @@ impl SlotTier {
         let entry = &mut self.slots[slot as usize];
         *entry = Slot { hash, group: group as u16, state: State::Resident, ..*entry };
         self.index.insert(Tag::new(group, &hash), slot);
-        self.order.stored(slot, 0, false);
+        self.order.stored(slot, 0);
         self.order.place(slot);
         self.evictable += 1;
         let stats = &mut self.stats[group];
@@ -339,8 +339,7 @@ impl SlotTier {
     fn remember(&mut self, slot: u32) {
         let Slot { hash, group, index, .. } = *self.slot(slot);
         if is_last_of_stride(index as usize) {
-            let windowed = self.order.entry(slot).windowed;
-            self.order.recall(hash.key(group.into()), windowed);
+            self.order.recall(hash.key(group.into()));
         }
     }
 

@@ -2,8 +2,8 @@
 
 use hybridkv::error::{Error, Result};
 use hybridkv::manager::{
-    BreakerConfig, Eviction, GroupConfig, HostConfig, ManagerConfig, Retention, StorageConfig,
-    WritePolicy,
+    BreakerConfig, Eviction, GroupConfig, HostConfig, ManagerConfig, Retention, Slack,
+    StorageConfig, WritePolicy,
 };
 use hybridkv::spec::{AttentionKind, GroupKind, GroupPlan, LayerGroup, StateGroup};
 use serde::Deserialize;
@@ -34,7 +34,9 @@ pub struct Config {
     prefix_caching: bool,
     retention_interval: Option<u32>,
     #[serde(default)]
-    retention_slack: u32,
+    retention_slack: SlackField,
+    #[serde(default)]
+    retention_ends: bool,
     #[serde(default)]
     chunked_retention: Chunks,
     #[serde(default = "lru")]
@@ -74,6 +76,35 @@ enum Chunks {
     #[default]
     Dense,
     Sparse,
+}
+
+/// Alignment units, or what suits the kind of the group.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(untagged)]
+enum SlackField {
+    Units(u32),
+    Named(SlackName),
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum SlackName {
+    ByKind,
+}
+
+impl Default for SlackField {
+    fn default() -> Self {
+        Self::Units(0)
+    }
+}
+
+impl From<SlackField> for Slack {
+    fn from(field: SlackField) -> Self {
+        match field {
+            SlackField::Units(n) => Self::Units(n),
+            SlackField::Named(SlackName::ByKind) => Self::ByKind,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -177,8 +208,9 @@ impl Config {
             prefix_caching: self.prefix_caching,
             retention: Retention {
                 interval: self.retention_interval,
-                slack: self.retention_slack,
+                slack: self.retention_slack.into(),
                 dense_chunks: self.chunked_retention == Chunks::Dense,
+                ends: self.retention_ends,
             },
             eviction: self.eviction,
             max_model_len: self.max_model_len.unwrap_or(u32::MAX),
@@ -254,7 +286,13 @@ impl Group {
 
 /// The fields in which the crate's defaults differ from replay's.
 pub fn crate_defaults() -> Value {
-    json!({ "retention_interval": 0, "retention_slack": 1, "chunked_retention": "sparse", "eviction": "reuse" })
+    json!({
+        "retention_interval": 0,
+        "retention_slack": "by_kind",
+        "retention_ends": true,
+        "chunked_retention": "sparse",
+        "eviction": "reuse",
+    })
 }
 
 /// The groups of a model, as the field `groups`.

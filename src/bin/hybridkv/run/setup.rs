@@ -222,7 +222,7 @@ impl Setup {
             groups: GroupConfig::of(&plan),
             num_blocks: engine.num_blocks,
             prefix_caching: true,
-            retention: Retention { interval: Some(0), slack: 1, dense_chunks: false },
+            retention: Retention::default(),
             eviction: args.eviction,
             max_model_len: u32::try_from(workload.longest()).unwrap_or(u32::MAX),
             in_flight_tokens: u32::try_from(STEPS_IN_FLIGHT * max_batch_tokens).unwrap_or(u32::MAX),
