@@ -159,7 +159,7 @@ fn a_cached_block_takes_at_most_96_bytes_in_each_tier() {
 
 /// Transfers of a direction in flight at most: a prompt of those that fill the tiers has more blocks, so that
 /// their queues have had their length before the steps begin.
-const IN_FLIGHT: u32 = 48;
+const IN_FLIGHT: u32 = 32;
 
 /// Decode steps of many sequences under eviction, across edges of blocks and windows.
 struct Steps {
