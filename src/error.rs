@@ -191,6 +191,33 @@ pub enum ErrorKind {
         /// The configured bound.
         max_model_len: usize,
     },
+    /// A quota that does not hold a block.
+    #[error("a quota of {bytes} bytes holds no block of {block_bytes}; give it one block at least")]
+    QuotaTooSmall {
+        /// Bytes of the quota.
+        bytes: u64,
+        /// Bytes of a block.
+        block_bytes: u64,
+    },
+    /// Pins would hold too much of a tier.
+    #[error(
+        "a pin of {needed} blocks on top of {pinned} would hold more than the {limit} of {capacity} that pins may have of the {tier} tier"
+    )]
+    PinTooLarge {
+        /// Its name.
+        tier: &'static str,
+        /// Blocks to pin.
+        needed: usize,
+        /// Blocks that pins hold already.
+        pinned: usize,
+        /// Blocks that pins may hold.
+        limit: usize,
+        /// Blocks of the tier.
+        capacity: usize,
+    },
+    /// A pin that was given back, or never given.
+    #[error("pin {0} is not known")]
+    UnknownPin(u64),
     /// A sequence id that is not live.
     #[error("sequence {0} is not known")]
     UnknownSequence(u64),

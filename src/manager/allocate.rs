@@ -242,6 +242,7 @@ impl Manager {
             });
         }
         let mut sequence = Sequence {
+            tenant: self.tenants.of(&tokens),
             tokens,
             open_end: 0,
             computed: hit,
@@ -421,7 +422,7 @@ pub(super) fn cache(
     }
     let tokens = if sequence.repaired { sequence.computed } else { sequence.tokens.len() };
     let end = align_down(tokens, policy.alignment);
-    let Sequence { tokens, boundaries, rows, .. } = sequence;
+    let Sequence { tokens, boundaries, rows, tenant, .. } = sequence;
     let hashes = tokens.hashes();
     for (g, (group, row)) in groups.iter().zip(rows).enumerate() {
         let end = end / group.block_size;
@@ -449,6 +450,7 @@ pub(super) fn cache(
             device.warm(g, kept.clone().map(|(_, hash)| hash));
             for (b, &hash) in kept {
                 device.insert(g, hash, b, row.table[b], known.before);
+                device.pool.block_mut(row.table[b]).tenant = *tenant;
                 events.push(EventKind::Stored, g as u32, Tier::Device, b as u32, hash);
             }
         }

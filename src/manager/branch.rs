@@ -91,6 +91,7 @@ impl Manager {
             settled: of.settled,
             begun: of.begun,
             boundaries: of.boundaries,
+            tenant: of.tenant,
             generation: self.generation,
             inherited: Some(Inherited { from: of.generation, tokens: shared }),
             loading: 0,

@@ -5,11 +5,10 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::eviction::Entry;
 use super::groups::align_down;
 use super::hash::BlockHash;
 use super::retention::Boundaries;
-use super::tiers::slots::{Reserved, SlotTier};
+use super::tiers::slots::{Reserved, SlotTier, Source};
 use super::*;
 use crate::spec::AttentionKind;
 
@@ -426,8 +425,7 @@ impl Host {
         let room = missing <= self.tier.capacity() - self.tier.pinned();
         let mut slots = Vec::new();
         for &key in keys.iter().filter(|_| room) {
-            match self.tier.reserve((0, hash(key)), key, (NULL, Entry::default()), &mut self.events)
-            {
+            match self.tier.reserve((0, hash(key)), key, Source::default(), &mut self.events) {
                 Reserved::New(slot) => slots.push((key, slot)),
                 Reserved::Held => {}
                 Reserved::Full => panic!("there was room"),

@@ -20,6 +20,16 @@ pub enum Tier {
     Storage,
 }
 
+impl Tier {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Device => "device",
+            Self::Host => "host",
+            Self::Storage => "storage",
+        }
+    }
+}
+
 /// What happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]

@@ -99,6 +99,8 @@ pub struct HashedTokens {
     unit: usize,
     /// What stands before the first unit.
     seed: BlockHash,
+    /// Of the cache salt alone.
+    salt: BlockHash,
     /// Hashes of all full units.
     hashes: Vec<BlockHash>,
     /// All tokens, so that any of them can be taken back; none where nothing is hashed.
@@ -128,6 +130,7 @@ impl HashedTokens {
             num_tokens: 0,
             unit,
             seed,
+            salt: Self::salt_of(keys.salt),
             hashes: Vec::new(),
             tokens: Vec::new(),
         }
@@ -149,6 +152,16 @@ impl HashedTokens {
     /// Bytes of tokens and hashes, with the room these have to grow.
     pub(super) fn bytes(&self) -> usize {
         self.hashes.capacity() * size_of::<BlockHash>() + self.tokens.capacity() * size_of::<u32>()
+    }
+
+    /// The name of a cache salt.
+    pub(super) fn salt_of(salt: &str) -> BlockHash {
+        BlockHash::cut(blake3::hash(salt.as_bytes()))
+    }
+
+    /// The name of the cache salt.
+    pub(super) fn salt(&self) -> BlockHash {
+        self.salt
     }
 
     /// Number of tokens.

@@ -18,11 +18,13 @@ mod hash;
 mod inspect;
 mod offload;
 mod overlap;
+mod pins;
 mod pool;
 mod preempt;
 mod prefetch;
 mod prefix;
 mod prometheus;
+mod quota;
 mod ranks;
 mod retention;
 mod sequence;
@@ -38,8 +40,10 @@ pub use self::branch::{BlockCopy, Cut};
 pub use self::events::{Event, EventKind, Tier};
 pub use self::eviction::Eviction;
 pub use self::hash::{BlockHash, HashedTokens};
+pub use self::pins::{Pin, PinId};
 pub use self::preempt::Preemption;
 pub use self::prefetch::Prefetch;
+pub use self::quota::Quota;
 pub use self::ranks::{Rank, RankSet, Report};
 pub use self::states::StateStep;
 pub use self::stats::{Metadata, Stats, TierMetadata, TierStats, TransferStats, Usage};
@@ -55,9 +59,11 @@ use self::groups::Group;
 use self::hash::CheapMap;
 use self::offload::{offer, vouch};
 use self::overlap::{check_loaded, check_runs};
+use self::pins::Pins;
 use self::pool::{Block, NULL, Pool};
 use self::preempt::Preempted;
 use self::prefetch::Prefetches;
+use self::quota::Tenants;
 use self::retention::{Boundaries, Policy};
 use self::sequence::{Inherited, Row, Sequence};
 use self::storage::Fetches;
@@ -325,6 +331,8 @@ pub struct Manager {
     now: u64,
     sequences: CheapMap<SeqId, Sequence>,
     preempted: CheapMap<SeqId, Preempted>,
+    pins: Pins,
+    tenants: Tenants,
     generation: u64,
     flights: Flights,
     copies: VecDeque<BlockCopy>,
@@ -405,6 +413,8 @@ impl Manager {
             now: 0,
             sequences: CheapMap::default(),
             preempted: CheapMap::default(),
+            pins: Pins::default(),
+            tenants: Tenants::default(),
             generation: 0,
             flights: Flights::default(),
             copies: VecDeque::new(),
@@ -674,6 +684,7 @@ impl Manager {
         if let Some(host) = &mut self.host {
             host.clear(&mut self.events);
         }
+        self.empty_pins(Tier::Host);
         true
     }
 

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 
 use super::events::EventKind;
 use super::pool::NULL;
-use super::tiers::slots::Reserved;
+use super::tiers::slots::{Reserved, Source};
 use super::*;
 
 /// Blocks behind those that are to be reused now that write-back stores ahead of their turn.
@@ -57,7 +57,12 @@ pub(super) fn offer(
             let room = flights.in_flight(Direction::Offload) < config.max_offloads as usize
                 && host.lets_through();
             match if room {
-                host.reserve((g, hash), b as u32, (id, entry), events)
+                host.reserve(
+                    (g, hash),
+                    b as u32,
+                    Source { block: id, entry, tenant: sequence.tenant },
+                    events,
+                )
             } else {
                 Reserved::Full
             } {
@@ -152,7 +157,12 @@ impl Manager {
                 continue;
             }
             let reserved = match host.lets_through() {
-                true => host.reserve(key, block.index, (id, device.pool.order.entry(id)), events),
+                true => host.reserve(
+                    key,
+                    block.index,
+                    Source { block: id, entry: device.pool.order.entry(id), tenant: block.tenant },
+                    events,
+                ),
                 false => Reserved::Full,
             };
             match reserved {

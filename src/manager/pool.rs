@@ -7,6 +7,7 @@
 use super::BlockId;
 use super::eviction::{Eviction, Order};
 use super::hash::BlockHash;
+use super::quota::TenantId;
 
 /// The null block.
 pub(super) const NULL: BlockId = 0;
@@ -24,6 +25,8 @@ pub(super) struct Block {
     pub index: u32,
     /// Layer group that it was last taken for.
     pub group: u16,
+    /// Whose quotas it counts for once it goes down.
+    pub tenant: TenantId,
     /// Whether the prefix index names it.
     pub cached: bool,
     /// Sequences that have computed or hit it since then, as far as the write policy counts.
@@ -69,6 +72,7 @@ impl Pool {
                 users: 0,
                 index: 0,
                 group: 0,
+                tenant: 0,
                 cached: false,
                 uses: 0,
                 settled: false,

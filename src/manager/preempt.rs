@@ -10,7 +10,7 @@ use super::hash::{BlockHash, HashedTokens};
 use super::pool::NULL;
 use super::retention::Boundaries;
 use super::storage::Load;
-use super::tiers::slots::Reserved;
+use super::tiers::slots::{Reserved, Source};
 use super::*;
 
 /// What swapping a sequence out gave.
@@ -101,7 +101,8 @@ impl Manager {
         let held: Vec<HostSlot> =
             blocks.iter().filter_map(|(g, _, _, hash)| host.slot_of(*g, hash)).collect();
         held.iter().for_each(|&slot| host.pin(slot));
-        let (needed, free) = (blocks.len() - held.len(), host.room());
+        let tenant = sequence.tenant;
+        let (needed, free) = (blocks.len() - held.len(), host.room(tenant));
         if needed > free {
             held.iter().for_each(|&slot| host.unpin(slot));
             return Err(Error::new(OP, ErrorKind::NoHostSlots { needed, free }));
@@ -111,7 +112,7 @@ impl Manager {
             let slot = match host.reserve(
                 (group, hash),
                 index as u32,
-                (id, self.device.pool.order.entry(id)),
+                Source { block: id, entry: self.device.pool.order.entry(id), tenant },
                 &mut self.events,
             ) {
                 Reserved::New(slot) => {
@@ -236,6 +237,7 @@ impl Manager {
         let mut rows: Vec<Row> = self.groups.iter().zip(tables).map(row).collect();
         loads.iter().for_each(|load| rows[load.group].loading += 1);
         let mut sequence = Sequence {
+            tenant: self.tenants.of(&tokens),
             tokens,
             open_end: 0,
             computed,

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use super::pool::NULL;
 use super::prefix::Found;
+use super::quota::TenantId;
 use super::storage::Waiter;
 use super::*;
 
@@ -23,6 +24,8 @@ pub struct Prefetch {
 /// One under way.
 pub(super) struct State {
     generation: u64,
+    /// Whose quotas it counts for.
+    tenant: TenantId,
     /// Ready at this time at the latest.
     deadline: Option<u64>,
     /// Blocks that have not come.
@@ -54,6 +57,10 @@ pub(super) struct Prefetches {
 impl Prefetches {
     pub fn contains(&self, seq: SeqId) -> bool {
         self.live.contains_key(&seq)
+    }
+
+    pub fn tenant(&self, seq: SeqId) -> TenantId {
+        self.live.get(&seq).map_or(0, |state| state.tenant)
     }
 
     pub fn is_live(&self, seq: SeqId, generation: u64) -> bool {
@@ -120,6 +127,7 @@ impl Manager {
         let blocks = wants.len();
         let state = State {
             generation,
+            tenant: self.tenants.of(prompt),
             deadline,
             pending: blocks,
             blocks,

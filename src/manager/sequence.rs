@@ -2,6 +2,7 @@
 
 use super::BlockId;
 use super::hash::HashedTokens;
+use super::quota::TenantId;
 use super::retention::Boundaries;
 
 /// A sequence's table in one group.
@@ -64,6 +65,8 @@ pub(super) struct Sequence {
     pub begun: bool,
     pub rows: Vec<Row>,
     pub boundaries: Boundaries,
+    /// Whose quotas its blocks count for.
+    pub tenant: TenantId,
     /// Tells it from earlier sequences of the same name.
     pub generation: u64,
     /// What it began with, if it was forked.

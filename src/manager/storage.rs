@@ -8,7 +8,8 @@
 use std::collections::VecDeque;
 
 use super::hash::BlockHash;
-use super::tiers::slots::Reserved;
+use super::quota::{HOST, STORAGE, TenantId};
+use super::tiers::slots::{Reserved, Source};
 use super::*;
 
 /// A block that a sequence waits for; the block of the pool is pinned.
@@ -114,6 +115,7 @@ impl Manager {
         }
         self.events.join(events);
         tier.adopted();
+        self.tenants.apply(&mut tier, STORAGE);
         tier.tick(self.now);
         self.storage = Some(tier);
         self.storage_config = Some(config);
@@ -130,6 +132,7 @@ impl Manager {
         if let Some(storage) = &mut self.storage {
             storage.clear(&mut self.events);
         }
+        self.empty_pins(Tier::Storage);
         self.give_up_fetches();
         self.forget_drained();
         self.flights.in_flight(Direction::Persist) + self.flights.in_flight(Direction::Fetch)
@@ -159,6 +162,7 @@ impl Manager {
             config.breaker,
         );
         host.tick(self.now);
+        self.tenants.apply(&mut host, HOST);
         self.host = Some(host);
         self.config.host = Some(config);
         Ok(())
@@ -182,6 +186,7 @@ impl Manager {
         if let Some(host) = &mut self.host {
             host.clear(&mut self.events);
         }
+        self.empty_pins(Tier::Host);
     }
 
     /// Says what time it is, in nanoseconds of any clock.
@@ -282,10 +287,11 @@ impl Manager {
             } else if busy || !storage.lets_through() {
                 return;
             } else {
+                let tenant = tenant_of(&self.sequences, &self.prefetches, &waiter);
                 match host.reserve(
                     key,
                     waiter.index() as u32,
-                    (NULL, storage.entry(from)),
+                    Source { block: NULL, entry: storage.entry(from), tenant },
                     &mut self.events,
                 ) {
                     // Found above.
@@ -328,8 +334,9 @@ impl Manager {
             && let Some(slot) = self.to_persist.pop_front()
         {
             let Some((group, hash, index)) = host.to_persist(slot) else { continue };
-            match storage.reserve((group, hash), index, (NULL, host.entry(slot)), &mut self.events)
-            {
+            let (entry, tenant) = (host.entry(slot), host.tenant_of(slot));
+            let source = Source { block: NULL, entry, tenant };
+            match storage.reserve((group, hash), index, source, &mut self.events) {
                 Reserved::Held => {}
                 Reserved::New(to) => {
                     host.pin(slot);
@@ -422,6 +429,18 @@ impl Manager {
         if self.config.host.is_none() && self.host.as_ref().is_some_and(|host| host.used() == 0) {
             self.host = None;
         }
+    }
+}
+
+/// Whose quotas a block counts for.
+fn tenant_of(
+    sequences: &CheapMap<SeqId, Sequence>,
+    prefetches: &Prefetches,
+    waiter: &Waiter,
+) -> TenantId {
+    match waiter {
+        Waiter::Load(load) => sequences.get(&load.seq).map_or(0, |sequence| sequence.tenant),
+        Waiter::Prefetch { seq, .. } => prefetches.tenant(*seq),
     }
 }
 

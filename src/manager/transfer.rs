@@ -342,6 +342,7 @@ impl Manager {
         }
         if succeeded && !private {
             self.device.insert(load.group, load.hash, load.index, load.block, 1);
+            self.device.pool.block_mut(load.block).tenant = sequence.tenant;
             let host = self.host.as_ref();
             let settled = host.is_some_and(|host| host.is_settled(load.group, &load.hash));
             self.device.pool.block_mut(load.block).settled = settled;

@@ -2,7 +2,7 @@
 
 use hybridkv::manager::{
     BlockHash, CostModel, Eviction, ExtraKeys, GroupConfig, HostConfig, ManagerConfig, Outcome,
-    Retention, StorageConfig, StoredBlock, WritePolicy,
+    Quota, Retention, StorageConfig, StoredBlock, Tier, WritePolicy,
 };
 use hybridkv::spec::{AttentionKind, GroupKind};
 use proptest::prelude::*;
@@ -66,6 +66,15 @@ pub struct Args {
 }
 
 impl Args {
+    pub fn tier(&self) -> Tier {
+        [Tier::Device, Tier::Host, Tier::Storage][usize::from(self.raw.odd) % 3]
+    }
+
+    /// A quota of some blocks, or none.
+    pub fn quota(&self) -> Option<Quota> {
+        Quota::of_bytes(self.n as u64 % 8 * 4096, 4096).ok()
+    }
+
     pub fn keys(&self) -> ExtraKeys<'static> {
         ExtraKeys { salt: if self.raw.salted { "tenant" } else { "" }, lora: "" }
     }

@@ -33,6 +33,7 @@ pub struct Managed {
     pub live: BTreeMap<u64, Sequence>,
     pub swapped: BTreeMap<u64, Sequence>,
     pub prefetched: BTreeSet<u64>,
+    pub pins: BTreeSet<u64>,
     /// Handed out and not answered.
     pub flying: Vec<u64>,
     pub now: u64,
@@ -48,6 +49,7 @@ impl Managed {
             live: BTreeMap::new(),
             swapped: BTreeMap::new(),
             prefetched: BTreeSet::new(),
+            pins: BTreeSet::new(),
             flying: Vec::new(),
             now: 0,
             host: config.host.is_some(),

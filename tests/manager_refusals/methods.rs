@@ -1,7 +1,7 @@
 //! Every public method of the manager: how it is called, and when it may be refused.
 
 use hybridkv::Error;
-use hybridkv::manager::{ExtraKeys, Manager, Stats};
+use hybridkv::manager::{ExtraKeys, Manager, Stats, Tier};
 use hybridkv::spec::GroupKind;
 
 use super::inputs::{Args, MOST, config, raw};
@@ -223,6 +223,29 @@ fn methods() -> Vec<Method<Managed>> {
             goes_back,
         ),
         method("tick", 3, |s, a| show(s.m.tick(a.now)).inspect(|_| s.now = a.now), goes_back),
+        method(
+            "pin",
+            10,
+            |s, a| {
+                let pin = s.m.pin(a.tier(), &s.hashed(a))?;
+                s.pins.insert(pin.id);
+                show(Ok(pin))
+            },
+            |s, a| when(s.is_foreign(a), "InvalidArgument").or(&["PinTooLarge"]),
+        ),
+        method(
+            "unpin",
+            15,
+            |s, a| show(s.m.unpin(a.seq)).inspect(|_| drop(s.pins.remove(&a.seq))),
+            |s, a| when(!s.pins.contains(&a.seq), "UnknownPin"),
+        ),
+        method(
+            "set_quota",
+            5,
+            |s, a| show(s.m.set_quota(a.tier(), a.keys().salt, a.quota())),
+            |_, a| when(a.tier() == Tier::Device, "Unsupported"),
+        ),
+        total("quota_used", 1, |s, a| show(Ok(s.m.quota_used(a.tier(), a.keys().salt)))),
         total("cancel_prefetch", 3, |s, a| {
             let was = s.prefetched.remove(&a.seq);
             assert_eq!(s.m.cancel_prefetch(a.seq), was);
@@ -379,6 +402,9 @@ fn a_manager_never_knows_what_it_refused() {
         "table",
         "loading",
         "overlap",
+        "pin",
+        "unpin",
+        "set_quota",
         "forget",
         "state_step",
         "fork",

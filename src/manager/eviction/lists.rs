@@ -29,6 +29,12 @@ impl Lists {
         size_of_val(self.links.as_slice())
     }
 
+    /// One more list, empty.
+    pub fn add(&mut self) {
+        let head = self.links.len() as u32;
+        self.links.push(Link { prev: head, next: head });
+    }
+
     pub fn contains(&self, index: u32) -> bool {
         self.links[index as usize].next != OUT
     }

@@ -19,7 +19,7 @@ mod tests;
 
 use serde::Deserialize;
 
-use self::lists::Lists;
+pub(super) use self::lists::Lists;
 
 /// Which cached block gives way first when a tier is full.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]

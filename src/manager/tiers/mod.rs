@@ -5,6 +5,7 @@ mod config;
 mod cost;
 pub(super) mod device;
 mod index;
+pub(super) mod quotas;
 pub(super) mod slots;
 
 pub use self::breaker::{BreakerConfig, BreakerState};

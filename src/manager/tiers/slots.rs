@@ -3,10 +3,12 @@
 
 use super::breaker::{Breaker, BreakerConfig};
 use super::index::{Index, Tag};
+use super::quotas::Quotas;
 use crate::manager::events::{EventKind, Events, Tier};
 use crate::manager::eviction::{Entry, Order, is_last_of_stride};
 use crate::manager::hash::BlockHash;
 use crate::manager::pool::NULL;
+use crate::manager::quota::TenantId;
 use crate::manager::stats::TierStats;
 use crate::manager::{BlockId, Eviction};
 
@@ -35,6 +37,17 @@ struct Slot {
     pins: u32,
 }
 
+/// Where a block comes from.
+#[derive(Debug, Clone, Copy, Default)]
+pub(in super::super) struct Source {
+    /// Device block that it is written from; [`NULL`]: from elsewhere.
+    pub block: BlockId,
+    /// What the tier it comes from knows of it.
+    pub entry: Entry,
+    /// Whose quota it counts for.
+    pub tenant: TenantId,
+}
+
 /// What became of a block that was to be stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) enum Reserved {
@@ -57,6 +70,8 @@ pub(in super::super) struct SlotTier {
     order: Order,
     /// Resident slots without pins.
     evictable: usize,
+    /// Who holds what, once there are quotas.
+    quotas: Option<Quotas>,
     pub breaker: Breaker,
     now: u64,
     pub stats: Vec<TierStats>,
@@ -86,6 +101,7 @@ impl SlotTier {
             free: (0..num_slots).rev().collect(),
             order: Order::new(eviction, num_slots),
             evictable: 0,
+            quotas: None,
             breaker: Breaker::new(breaker),
             now: 0,
             stats: vec![TierStats::default(); num_groups],
@@ -99,7 +115,8 @@ impl SlotTier {
     /// Bytes of all that is kept per slot.
     pub fn metadata_bytes(&self) -> usize {
         let free = self.free.capacity() * size_of::<u32>();
-        size_of_val(self.slots.as_slice()) + self.index.bytes() + self.order.bytes() + free
+        let quotas = self.quotas.as_ref().map_or(0, Quotas::bytes);
+        size_of_val(self.slots.as_slice()) + self.index.bytes() + self.order.bytes() + free + quotas
     }
 
     /// Slots that hold or receive a block.
@@ -126,9 +143,41 @@ impl SlotTier {
         })
     }
 
-    /// Blocks that could be stored now.
-    pub fn room(&self) -> usize {
-        self.free.len() + self.evictable
+    /// Blocks of a tenant that could be stored now.
+    pub fn room(&self, tenant: TenantId) -> usize {
+        let room = self.free.len() + self.evictable;
+        match &self.quotas {
+            Some(quotas) => room.min(quotas.left(tenant).saturating_add(quotas.evictable(tenant))),
+            None => room,
+        }
+    }
+
+    /// Limits a tenant to so many slots. What the tier holds by its first quota is nobody's.
+    pub fn set_quota(&mut self, tenant: TenantId, most: usize) {
+        let Self { slots, quotas, .. } = self;
+        let quotas = quotas.get_or_insert_with(|| {
+            let mut quotas = Quotas::new(slots.len() as u32);
+            for (slot, entry) in (0..).zip(slots.iter()) {
+                if matches!(entry.state, State::Writing | State::Resident) {
+                    quotas.take(slot, 0);
+                    if entry.state == State::Resident && entry.pins == 0 {
+                        quotas.can_go(slot, true);
+                    }
+                }
+            }
+            quotas
+        });
+        quotas.set(tenant, most);
+    }
+
+    /// Slots that count for a tenant.
+    pub fn used_by(&self, tenant: TenantId) -> usize {
+        self.quotas.as_ref().map_or(0, |quotas| quotas.used(tenant))
+    }
+
+    /// Whose quota a slot counts for.
+    pub fn tenant_of(&self, slot: u32) -> TenantId {
+        self.quotas.as_ref().map_or(0, |quotas| quotas.tenant_of(slot))
     }
 
     /// Whether a transfer writes the slot.
@@ -160,7 +209,10 @@ impl SlotTier {
         self.index.insert(Tag::new(group, &hash), slot);
         self.order.stored(slot, 0);
         self.order.place(slot);
-        self.evictable += 1;
+        if let Some(quotas) = &mut self.quotas {
+            quotas.take(slot, 0);
+        }
+        self.can_go(slot, true);
         let stats = &mut self.stats[group];
         stats.stored_blocks += 1;
         stats.cached_blocks += 1;
@@ -217,21 +269,20 @@ impl SlotTier {
         self.breaker.ended(succeeded, self.now);
     }
 
-    /// Reserves a slot for a block that the tier lacks, to be written from the device block `source` ([`NULL`]:
-    /// from elsewhere), of which the tier it comes from knows `entry`, evicting another one for it; nothing is
-    /// changed when that cannot be (R6).
+    /// Reserves a slot for a block that the tier lacks, evicting another one for it; nothing is changed when that
+    /// cannot be (R6).
     pub fn reserve(
         &mut self,
         (group, hash): (usize, BlockHash),
         index: u32,
-        (source, entry): (BlockId, Entry),
+        source: Source,
         events: &mut Events,
     ) -> Reserved {
         if let Some(slot) = self.slot_of(group, &hash) {
             self.hit(slot);
             return Reserved::Held;
         }
-        let Some(slot) = self.free.pop().or_else(|| self.evict(events)) else {
+        let Some(slot) = self.make_room(source.tenant, events) else {
             return Reserved::Full;
         };
         self.slots[slot as usize] = Slot {
@@ -239,14 +290,17 @@ impl SlotTier {
             index,
             group: group as u16,
             state: State::Writing,
-            source,
+            source: source.block,
             settled: false,
             pins: 1,
         };
         self.index.insert(Tag::new(group, &hash), slot);
-        self.order.adopted(slot, entry);
+        self.order.adopted(slot, source.entry);
         self.remember(slot);
         self.order.place(slot);
+        if let Some(quotas) = &mut self.quotas {
+            quotas.take(slot, source.tenant);
+        }
         Reserved::New(slot)
     }
 
@@ -279,7 +333,9 @@ impl SlotTier {
             State::Free | State::Doomed => return,
             State::Writing => {}
             State::Resident => {
-                self.evictable -= usize::from(pins == 0);
+                if pins == 0 {
+                    self.can_go(slot, false);
+                }
                 self.stats[group as usize].cached_blocks -= 1;
             }
         }
@@ -287,6 +343,9 @@ impl SlotTier {
         events.push(EventKind::Removed, group.into(), self.tier, index, hash);
         self.index.remove(Tag::new(group.into(), &hash), slot);
         self.order.remove(slot);
+        if let Some(quotas) = &mut self.quotas {
+            quotas.give_up(slot);
+        }
         self.slots[slot as usize].state = State::Doomed;
         self.free_doomed(slot);
     }
@@ -312,6 +371,9 @@ impl SlotTier {
     pub fn touch(&mut self, slot: u32) {
         self.order.leave(slot);
         self.order.place(slot);
+        if let Some(quotas) = &mut self.quotas {
+            quotas.touch(slot);
+        }
     }
 
     /// A sequence ends that used the block; told of its end first. The first one to use it gives it its place, as if
@@ -346,8 +408,10 @@ impl SlotTier {
     /// Keeps a slot from eviction until [`Self::unpin`].
     pub fn pin(&mut self, slot: u32) {
         let entry = &mut self.slots[slot as usize];
-        self.evictable -= usize::from(entry.state == State::Resident && entry.pins == 0);
         entry.pins += 1;
+        if entry.state == State::Resident && entry.pins == 1 {
+            self.can_go(slot, false);
+        }
     }
 
     /// Undoes one [`Self::pin`].
@@ -358,7 +422,7 @@ impl SlotTier {
             return;
         }
         if entry.state == State::Resident {
-            self.evictable += 1;
+            self.can_go(slot, true);
             if !self.order.contains(slot) {
                 self.order.place_first(slot);
             }
@@ -388,6 +452,33 @@ impl SlotTier {
         }
     }
 
+    /// A slot, resident, has lost its last pin, or has one now.
+    fn can_go(&mut self, slot: u32, can: bool) {
+        match can {
+            true => self.evictable += 1,
+            false => self.evictable -= 1,
+        }
+        if let Some(quotas) = &mut self.quotas {
+            quotas.can_go(slot, can);
+        }
+    }
+
+    /// A slot for a block of a tenant: at its quota, one of its own; else one that is free, one of somebody who is
+    /// over his quota, or that of the block which is next to go.
+    fn make_room(&mut self, tenant: TenantId, events: &mut Events) -> Option<u32> {
+        let Some(quotas) = &self.quotas else {
+            return self.free.pop().or_else(|| self.evict(events));
+        };
+        if quotas.left(tenant) == 0 {
+            return self.evict_of(tenant, events);
+        }
+        let over = quotas.over();
+        self.free
+            .pop()
+            .or_else(|| over.and_then(|over| self.evict_of(over, events)))
+            .or_else(|| self.evict(events))
+    }
+
     /// Takes the slot of the block that is next to go.
     fn evict(&mut self, events: &mut Events) -> Option<u32> {
         if self.evictable == 0 {
@@ -395,19 +486,41 @@ impl SlotTier {
         }
         loop {
             let slot = self.order.pop()?;
-            let Slot { hash, group, index, state, pins, .. } = *self.slot(slot);
-            if state == State::Resident && pins == 0 {
-                self.evictable -= 1;
-                if is_last_of_stride(index as usize) {
-                    self.order.evicted(slot, hash.key(group.into()));
-                }
-                self.index.remove(Tag::new(group.into(), &hash), slot);
-                let stats = &mut self.stats[group as usize];
-                stats.cached_blocks -= 1;
-                stats.evicted_blocks += 1;
-                events.push(EventKind::Removed, group.into(), self.tier, index, hash);
+            if self.is_evictable(slot) {
+                self.empty(slot, events);
                 return Some(slot);
             }
         }
+    }
+
+    /// Takes the slot of a tenant's block that is next to go.
+    fn evict_of(&mut self, tenant: TenantId, events: &mut Events) -> Option<u32> {
+        let quotas = self.quotas.as_ref().filter(|quotas| quotas.evictable(tenant) > 0)?;
+        let slot = quotas.slots(tenant).find(|&slot| self.is_evictable(slot))?;
+        self.order.remove(slot);
+        self.empty(slot, events);
+        Some(slot)
+    }
+
+    fn is_evictable(&self, slot: u32) -> bool {
+        let Slot { state, pins, .. } = *self.slot(slot);
+        state == State::Resident && pins == 0
+    }
+
+    /// Evicts what an evictable slot, out of line by now, holds.
+    fn empty(&mut self, slot: u32, events: &mut Events) {
+        let Slot { hash, group, index, .. } = *self.slot(slot);
+        self.can_go(slot, false);
+        if let Some(quotas) = &mut self.quotas {
+            quotas.give_up(slot);
+        }
+        if is_last_of_stride(index as usize) {
+            self.order.evicted(slot, hash.key(group.into()));
+        }
+        self.index.remove(Tag::new(group.into(), &hash), slot);
+        let stats = &mut self.stats[group as usize];
+        stats.cached_blocks -= 1;
+        stats.evicted_blocks += 1;
+        events.push(EventKind::Removed, group.into(), self.tier, index, hash);
     }
 }
