@@ -1,15 +1,21 @@
 // Paged attention for few query rows per KV head: decode, and a few speculative tokens.
 //
-// Grid: one CTA of 4 warps per (sequence, split, KV head), x = (seq * num_splits + split) * Hk +
-// head. The query rows of the CTA (packed GQA, policy/query_rows.cuh) are served 8 * kQueryTiles at
-// a time; the host picks the kernel so that one round is the rule.
+// Grid: CTAs of 4 warps, x = part * Hk + head. A part is an entry of the work list (abi/params.h),
+// some of the visible keys of a sequence; without a list every sequence is one part. The query rows
+// of the CTA (packed GQA, policy/query_rows.cuh) are served 8 * kQueryTiles at a time; the host
+// picks the kernel so that one round is the rule.
 //
 // Layouts: q, out [T, Hq, D] by strides; K and V through the block table (policy/block_table.cuh).
 // Keys are cut into slices of 16, or mostly of 32 where elements have 8 bits. Slice n of the CTA's
-// span belongs to warp n % 4: the warp copies it into its own ring in shared memory, computes its
-// scores and adds it to its own softmax state, without any CTA-wide barrier while keys stream. The
-// ring holds halves of a slice, K and V in turn, [tokens][D] swizzled; kRing - 1 halves are in
-// flight while one is used. The four states meet in shared memory at the end.
+// span belongs to warp n % 4: the warp copies it into its own ring in shared memory
+// (policy/slice_ring.cuh), computes its scores and adds it to its own softmax state, without any
+// CTA-wide barrier while keys stream.
+//
+// The warps' states meet in shared memory, those of a sequence's parts in the workspace, where the
+// CTA that comes last merges them, in the order of the parts.
+//
+// The kernel starts while its predecessor in the stream runs, and reads nothing that it may write
+// before it has ended. With reads_early that leaves lengths, tables and old keys to begin with.
 //
 // Products are transposed so that K and V are the 16-row operand of the tensor cores and the few
 // queries the 8-column one: S^T[16 keys, 8] = K Q^T, O^T[D, 8] = V^T P^T. 8-bit elements become f16
@@ -23,9 +29,13 @@
 #include "policy/kv_scales.cuh"
 #include "policy/query_operand.cuh"
 #include "policy/query_rows.cuh"
+#include "policy/row_states.cuh"
+#include "policy/slice_ring.cuh"
 #include "policy/softmax_state.cuh"
 #include "policy/swizzle.cuh"
+#include "policy/tree_row.cuh"
 #include "policy/visibility.cuh"
+#include "ptx/atomic.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/grid_dependency.cuh"
 #include "ptx/matrix.cuh"
@@ -41,7 +51,7 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 // for 8.
 template <typename Kv, int kDim, int kQueryTiles>
 struct Tuning {
-  static constexpr int kCtas = sizeof(Kv) == 1 && kDim * kQueryTiles <= 128 ? 4 : 2;
+  static constexpr int kCtas = sizeof(Kv) == 1 && kDim <= 128 && kQueryTiles == 1 ? 4 : 2;
   static constexpr int kSharedBytes =
       kCtas == 4 ? HKV_DECODE_NARROW_SHARED_BYTES : HKV_DECODE_SHARED_BYTES;
   static constexpr int kRingBytes = kSharedBytes / kWarps;
@@ -50,229 +60,36 @@ struct Tuning {
   static constexpr int kInFlightBytes = (128 << 10) / (kCtas * kWarps);
 };
 
-// The warp's ring: copies the halves of the slices first, first + kWarps, ... below `end` in order,
-// and with the keys the scales of both, where tokens have their own.
-template <typename Kv, int kDim, typename Tuning>
-class SliceRing {
-  using Layout = Swizzle<kDim * sizeof(Kv)>;
-  static constexpr int kSliceTokens = Tuning::kSliceTokens;
-  using Tiles = KeyTiles<kSliceTokens>;
-  static constexpr int kHalfBytes = kSliceTokens * Layout::kRowBytes;
-  static constexpr int kRing = Tuning::kInFlightBytes / kHalfBytes + 1;
-  static_assert(kRing * kHalfBytes <= Tuning::kRingBytes, "the ring must fit");
-  static constexpr int kRowsPerCopy = 32 / Layout::kChunks;
-  static constexpr int kGroups = kSliceTokens / kGroupTokens;
-  static constexpr bool kScaled = KvElement<Kv>::kScaled;
-  static constexpr int kScaleSlots = kRing / 2 + 1;  // slices in use or in flight
+// What a CTA attends: a part of the keys of a sequence, for one KV head.
+struct Share {
+  int32_t seq;
+  int32_t kv_head;
+  int32_t entry;  // of the work list
+  int32_t part;   // of the `parts` parts of the sequence; 0 parts: no work
+  int32_t parts;
 
- public:
-  // Scales of a slice's tokens.
-  struct Scales {
-    float keys[kSliceTokens];
-    float values[kSliceTokens];
-  };
-  using ScaleRing = Scales[kScaled ? kScaleSlots : 1];
-
-  __device__ SliceRing(uint32_t ring_shared, ScaleRing& scale_ring, const BlockTable<Kv>& table,
-                       const KvScales& scales, const Tiles& tiles, int32_t first, int32_t end)
-      : table_(table),
-        scales_(scales),
-        scale_ring_(scale_ring),
-        tiles_(tiles),
-        ring_(ring_shared),
-        next_slice_(first),
-        end_(end) {
-    lane_ = threadIdx.x % 32;
-    const int row = lane_ / Layout::kChunks;
-    const int chunk = lane_ % Layout::kChunks;
-    lane_offset_ = row * table.stride_token() + chunk * static_cast<int>(16 / sizeof(Kv));
-    prefetched_id_ = fetch_id();
-#pragma unroll
-    for (int half = 0; half < kRing - 1; ++half) issue();
+  Share() = default;
+  __device__ explicit Share(const hkv_attention_params& p)
+      : kv_head(blockIdx.x % p.num_kv_heads), entry(blockIdx.x / p.num_kv_heads) {
+    seq = entry;
+    part = 0;
+    parts = 1;
+    if (p.parts == nullptr) return;
+    const int2 raw = __ldcg(reinterpret_cast<const int2*>(p.parts + entry));
+    const hkv_part listed = reinterpret_cast<const hkv_part&>(raw);
+    seq = listed.seq;
+    part = listed.index;
+    parts = listed.count;
   }
 
-  // Waits for the next half, starts the copy of the one that takes the place of the last; gives the
-  // shared address of the half.
-  __device__ uint32_t next() {
-    cp_async_wait<kRing - 2>();
-    __syncwarp();  // all lanes' copies have landed, and all lanes are done with the last half
-    issue();
-    const uint32_t half = ring_ + read_ * kHalfBytes;
-    read_ = read_ + 1 == kRing ? 0 : read_ + 1;
-    return half;
+  // The whole sequence as the work of this CTA alone.
+  __device__ Share alone() const {
+    Share share = *this;
+    share.part = 0;
+    share.parts = 1;
+    return share;
   }
-
-  // The scales of the slice whose keys next() gave last, once per slice.
-  __device__ const Scales& next_scales() {
-    const Scales& scales = scale_ring_[scale_read_];
-    scale_read_ = scale_read_ + 1 == kScaleSlots ? 0 : scale_read_ + 1;
-    return scales;
-  }
-
- private:
-  // Block of the token group lane % kGroups of the next slice; read one slice ahead of its use.
-  __device__ int32_t fetch_id() const {
-    if (next_slice_ >= end_) return 0;
-    const KeyTile tile = tiles_[next_slice_];
-    const int32_t token = tile.base + lane_ % kGroups * kGroupTokens;
-    return tile.holds_any(token, kGroupTokens) ? table_.block_id(token) : 0;
-  }
-
-  __device__ void issue() {
-    if (value_is_next_) {
-      if (tile_.end > 0) copy(table_.values());
-    } else {
-      tile_ = next_slice_ < end_ ? tiles_[next_slice_] : KeyTile{};
-      block_id_ = prefetched_id_;
-      next_slice_ += kWarps;
-      prefetched_id_ = fetch_id();
-      if (tile_.end > 0) {
-        copy(table_.keys());
-        if (kScaled && scales_.per_token()) copy_scales();
-      }
-    }
-    value_is_next_ = !value_is_next_;
-    write_ = write_ + 1 == kRing ? 0 : write_ + 1;
-    cp_async_commit();  // an empty group keeps the count
-  }
-
-  __device__ void copy(const Kv* pool) const {
-    const int row = lane_ / Layout::kChunks;
-    const int chunk = lane_ % Layout::kChunks;
-    const uint32_t half = ring_ + write_ * kHalfBytes;
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      const int32_t token = tile_.base + group * kGroupTokens;
-      const int32_t id = __shfl_sync(kFullWarp, block_id_, group);
-      const Kv* src = pool + table_.offset(id, token) + lane_offset_;
-#pragma unroll
-      for (int r = 0; r < kGroupTokens; r += kRowsPerCopy) {
-        cp_async_16(half + Layout::offset(group * kGroupTokens + r + row, chunk), src,
-                    tile_.holds(token + r + row));
-        src += kRowsPerCopy * table_.stride_token();
-      }
-    }
-  }
-
-  // A lane copies the scales of its token.
-  __device__ void copy_scales() {
-    const int slot_token = lane_ % kSliceTokens;
-    const int32_t token = tile_.base + slot_token;
-    const int32_t id = __shfl_sync(kFullWarp, block_id_, slot_token / kGroupTokens);
-    const bool valid = tile_.holds(token);
-    Scales& slot = scale_ring_[scale_write_];
-    cp_async_4(static_cast<uint32_t>(__cvta_generic_to_shared(&slot.keys[slot_token])),
-               scales_.key(id, token), valid);
-    cp_async_4(static_cast<uint32_t>(__cvta_generic_to_shared(&slot.values[slot_token])),
-               scales_.value(id, token), valid);
-    scale_write_ = scale_write_ + 1 == kScaleSlots ? 0 : scale_write_ + 1;
-  }
-
-  const BlockTable<Kv>& table_;
-  const KvScales& scales_;
-  ScaleRing& scale_ring_;
-  const Tiles& tiles_;
-  const uint32_t ring_;
-  int64_t lane_offset_;
-  KeyTile tile_;  // slice whose halves are being issued; end == 0: past the last
-  int32_t next_slice_;
-  const int32_t end_;
-  int32_t block_id_;
-  int32_t prefetched_id_;
-  int32_t lane_;
-  int32_t read_ = 0;
-  int32_t write_ = 0;
-  int32_t scale_read_ = 0;
-  int32_t scale_write_ = 0;
-  bool value_is_next_ = false;
-};
-
-// Softmax state of the warp over its slices, transposed: lane (g, t) holds the columns (queries)
-// 2t, 2t+1 of every query tile; of the output the rows g, g+8 of every fragment of 16 dims; a sum
-// over its own keys.
-template <int kDim, int kQueryTiles>
-struct WarpState {
-  float base[kQueryTiles][2];
-  float sum[kQueryTiles][2];
-  float output[kQueryTiles][kDim / 16][4];
-  ValueUnit unit;  // of the output, where values have scales of their own
-
-  __device__ WarpState() {
-#pragma unroll
-    for (int qt = 0; qt < kQueryTiles; ++qt) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        base[qt][c] = -INFINITY;
-        sum[qt][c] = 0.0f;
-      }
-#pragma unroll
-      for (int d = 0; d < kDim / 16; ++d) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) output[qt][d][i] = 0.0f;
-      }
-    }
-  }
-
-  // Moves the bases up where a weight would be too large, and rescales.
-  template <int kKeyTiles>
-  __device__ void raise(const float (&score)[kKeyTiles][kQueryTiles][4], const LogitScale& scale) {
-    float top[kQueryTiles][2];
-    bool exceeded = false;
-#pragma unroll
-    for (int qt = 0; qt < kQueryTiles; ++qt) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        top[qt][c] = fmaxf(score[0][qt][c], score[0][qt][c + 2]);
-#pragma unroll
-        for (int kt = 1; kt < kKeyTiles; ++kt) {
-          top[qt][c] = fmaxf(top[qt][c], fmaxf(score[kt][qt][c], score[kt][qt][c + 2]));
-        }
-        exceeded |= exceeds(scale.logit(top[qt][c]), base[qt][c]);
-      }
-    }
-    if (!__any_sync(kFullWarp, exceeded)) return;
-#pragma unroll
-    for (int qt = 0; qt < kQueryTiles; ++qt) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const float old = base[qt][c];
-        base[qt][c] = raised(old, scale.logit(over_keys(top[qt][c])));
-        const float keep = rescale(old, base[qt][c]);
-        sum[qt][c] *= keep;
-#pragma unroll
-        for (int d = 0; d < kDim / 16; ++d) {
-          output[qt][d][c] *= keep;
-          output[qt][d][c + 2] *= keep;
-        }
-      }
-    }
-  }
-
-  // Moves the unit up where a value's scale exceeds it.
-  template <int kKeyTiles>
-  __device__ void raise_unit(const float (&scale)[kKeyTiles][2]) {
-    float top = 0.0f;
-#pragma unroll
-    for (int kt = 0; kt < kKeyTiles; ++kt) top = fmaxf(top, fmaxf(scale[kt][0], scale[kt][1]));
-    if (!__any_sync(kFullWarp, unit.exceeded_by(top))) return;
-    const float keep = unit.raise(over_keys(top));
-#pragma unroll
-    for (int qt = 0; qt < kQueryTiles; ++qt) {
-#pragma unroll
-      for (int d = 0; d < kDim / 16; ++d) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) output[qt][d][i] *= keep;
-      }
-    }
-  }
-
- private:
-  // The largest over the lanes that hold other keys of the same columns.
-  __device__ static float over_keys(float x) {
-#pragma unroll
-    for (int delta = 4; delta < 32; delta *= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, delta));
-    return x;
-  }
+  __device__ TileSpan of(int32_t tiles) const { return TileSpan(tiles, part, parts, kWarps); }
 };
 
 template <typename T, typename Kv, int kDim, int kQueryTiles>
@@ -281,84 +98,126 @@ class Decode {
   using Operand = typename Keys::Operand;
   using Layout = Swizzle<kDim * sizeof(Kv)>;
   using Tune = Tuning<Kv, kDim, kQueryTiles>;
-  using Ring = SliceRing<Kv, kDim, Tune>;
+  static constexpr int kSliceTokens = Tune::kSliceTokens;
+  using Ring = SliceRing<Kv, kDim, kSliceTokens, kWarps, Tune::kInFlightBytes>;
   using State = WarpState<kDim, kQueryTiles>;
-  using Tiles = KeyTiles<Tune::kSliceTokens>;
-  static constexpr int kKeyTiles = Tune::kSliceTokens / 16;
+  using Tiles = KeyTiles<kSliceTokens>;
+  static constexpr int kKeyTiles = kSliceTokens / 16;
   static constexpr int kSteps = Layout::kRowBytes / 32;
   static constexpr int kFragments = Keys::kFragments;
-  static constexpr int kRingBytes = Tune::kRingBytes;
   static constexpr int kRows = 8 * kQueryTiles;
+  static constexpr int kVectors = kDim / 4;  // pieces of a row
   // Rows of a warp's output in shared memory, in floats: padded so that the lanes' writes do not
   // collide.
   static constexpr int kPitch = kDim + 4;
+  static constexpr int kRingBytes = Tune::kRingBytes;
+  static_assert(Ring::kBytes <= kRingBytes, "the ring must fit");
   static_assert(kRows * kPitch * 4 <= kRingBytes, "a warp's output takes the place of its ring");
+
+  // A part's state in the workspace, of which rows that are not there are left out: bases in log2
+  // units and sums of all rows, then outputs.
+  struct PartState {
+    float2 sums[kRows];
+    float4 output[kRows][kVectors];
+  };
+  // Rows of parts that a warp merges at a time, and a lane's pieces of them.
+  static constexpr int kMergeRows = kRows < 256 / kVectors ? kRows : 256 / kVectors;
+  static constexpr int kMergePieces = kMergeRows * kVectors / 32;
+
+  // What lies beside the rings: what a warp seldom needs while keys stream, for registers are
+  // scarce then, and what the warps tell each other.
+  struct Meeting {
+    Share share;
+    QueryRows rows;
+    Visibility visibility;
+    float2 sums[kWarps][kRows];  // bases in log2 units, sums
+    int32_t is_last;
+  };
 
  public:
   static constexpr int kCtas = Tune::kCtas;
 
   __device__ static void run(const hkv_attention_params& p) {
     extern __shared__ __align__(1024) uint8_t shared[];
-    __shared__ float warp_base[kWarps][kRows];
-    __shared__ float warp_sum[kWarps][kRows];
+    __shared__ Meeting meeting;
     __shared__ typename Ring::ScaleRing scale_rings[Keys::kScaled ? kWarps : 1];
-    grid_dependency_launch();
+    if (p.reads_early == 0) grid_dependency_wait();
 
-    const int32_t kv_head = blockIdx.x % p.num_kv_heads;
-    const int32_t split = blockIdx.x / p.num_kv_heads % p.num_splits;
-    const int32_t seq = blockIdx.x / p.num_kv_heads / p.num_splits;
-    const QueryRows rows(p, seq, kv_head);
+    Share share(p);
+    if (share.parts == 0) return;
+    const QueryRows rows(p, share.seq, share.kv_head);
     const hkv_window window = p.windows[p.layer];
     const Visibility visibility(window);
-    const BlockTable<Kv> table(p, window, seq, kv_head);
-    const KvScales scales(p, window, kv_head);
+    if (threadIdx.x == 0) {
+      meeting.share = share;
+      meeting.rows = rows;
+      meeting.visibility = visibility;
+    }
+    __syncthreads();
+    const BlockTable<Kv> table(p, window, share.seq, share.kv_head);
+    const KvScales scales(p, window, share.kv_head);
     const int warp = threadIdx.x / 32;
     uint8_t* warp_shared = shared + warp * kRingBytes;
 
-    for (int32_t row0 = 0; row0 < rows.count(); row0 += kRows) {
+    int32_t row0 = 0;
+    do {
       const int32_t last_row = min(row0 + kRows, rows.count()) - 1;
       const Tiles tiles(visibility, rows.position(row0), rows.position(last_row));
-      const TileSpan span(tiles.count(), split, p.num_splits, kWarps);
-
+      const TileSpan span = last_row < row0 ? TileSpan{} : share.of(tiles.count());
       State state;
       if (span.begin + warp < span.end) {
-        attend(p, rows, row0, visibility, tiles, table, scales, span,
+        attend(p, meeting, row0, tiles, table, scales, span,
                static_cast<uint32_t>(__cvta_generic_to_shared(warp_shared)),
                scale_rings[Keys::kScaled ? warp : 0], state);
+      } else {
+        follow_predecessor();
       }
       const float unit = !Keys::kScaled       ? 1.0f
                          : scales.per_token() ? state.unit.value()
                                               : scales.of_values();
-      put_state(state, unit, reinterpret_cast<float*>(warp_shared), warp_base[warp],
-                warp_sum[warp]);
+      put_state(state, unit, reinterpret_cast<float*>(warp_shared), meeting.sums[warp]);
       __syncthreads();
-      merge_warps(p, rows, row0, split, shared, warp_base, warp_sum);
+      meet(p, row0, shared, meeting);
+      // Rows beyond those that the host counted on are left to one CTA.
+      row0 += kRows;
+      if (row0 >= meeting.rows.count() || meeting.share.part > 0) return;
+      share = meeting.share.alone();
       __syncthreads();  // the rings may be filled again
-    }
+      if (threadIdx.x == 0) meeting.share = share;
+    } while (true);
   }
 
  private:
+  // Waits for the predecessor; the next kernel may then start, which counts on all before this one.
+  __device__ static void follow_predecessor() {
+    grid_dependency_wait();
+    grid_dependency_launch();
+  }
+
   // Adds the warp's slices of the span to its state.
-  __device__ static void attend(const hkv_attention_params& p, const QueryRows& rows, int32_t row0,
-                                const Visibility& visibility, const Tiles& tiles,
-                                const BlockTable<Kv>& table, const KvScales& scales,
-                                const TileSpan& span, uint32_t ring_shared,
+  __device__ static void attend(const hkv_attention_params& p, const Meeting& meeting, int32_t row0,
+                                const Tiles& tiles, const BlockTable<Kv>& table,
+                                const KvScales& scales, const TileSpan& span, uint32_t ring_shared,
                                 typename Ring::ScaleRing& scale_ring, State& state) {
     const int lane = threadIdx.x % 32;
     const int first = span.begin + threadIdx.x / 32;
-    Ring ring(ring_shared, scale_ring, table, scales, tiles, first, span.end);
+    const bool scaled_tokens = Keys::kScaled && scales.per_token();
+    // Scales of tokens come through L1, where a line that was read early would stay.
+    const QueryRows& rows = meeting.rows;
+    const int32_t settled_end = scaled_tokens ? 0 : rows.first_position();
+    Ring ring(ring_shared, scale_ring, table, scales, tiles, first, span.end, settled_end);
+    follow_predecessor();
 
     uint32_t query[kQueryTiles][kDim / 16][2];
     float sm_scale = p.sm_scale * load_queries(p, rows, row0, query);
     if (Keys::kScaled) sm_scale *= scales.of_keys();
     const LogitScale scale(sm_scale, p.logits_soft_cap);
-    const bool scaled_tokens = Keys::kScaled && scales.per_token();
     // This lane's row of the matrices of K (keys x dims) and of V (to be transposed).
     const uint32_t key_lane = Layout::offset(lane % 16, lane / 16);
     const uint32_t value_lane = Layout::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
     for (int32_t slice = first; slice < span.end; slice += kWarps) {
-      const uint32_t keys = ring.next() + key_lane;
+      const uint32_t keys = ring.next_keys() + key_lane;
       float score[kKeyTiles][kQueryTiles][4] = {};
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
@@ -406,7 +265,9 @@ class Decode {
         }
       }
       const KeyTile tile = tiles[slice];
-      if (!tiles.is_clear(tile)) mask(rows, row0, visibility, tile, score);
+      const bool in_tree =
+          p.tree_mask != nullptr && tile.base + kSliceTokens > rows.first_position();
+      if (in_tree || !tiles.is_clear(tile)) mask(p, meeting, row0, tile, score);
       state.raise(score, scale);
 
       uint32_t weight[kKeyTiles][kQueryTiles][2];
@@ -425,7 +286,7 @@ class Decode {
           weight[kt][qt][1] = movmatrix_trans(Element<Operand>::pack(w[2], w[3]));
         }
       }
-      const uint32_t values = ring.next() + value_lane;
+      const uint32_t values = ring.next_values() + value_lane;
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -465,7 +326,7 @@ class Decode {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const T* pair = q + d * 16 + Keys::key_dim(lane % 4, i);
-          query[qt][d][i] = valid ? __ldg(reinterpret_cast<const uint32_t*>(pair)) : 0u;
+          query[qt][d][i] = valid ? __ldcg(reinterpret_cast<const uint32_t*>(pair)) : 0u;
           magnitudes = larger_pair(magnitudes, query[qt][d][i]);
         }
       }
@@ -483,28 +344,32 @@ class Decode {
     return scale.undo();
   }
 
-  __device__ static void mask(const QueryRows& rows, int32_t row0, const Visibility& visibility,
+  __device__ static void mask(const hkv_attention_params& p, const Meeting& meeting, int32_t row0,
                               const KeyTile& tile, float (&score)[kKeyTiles][kQueryTiles][4]) {
     const int lane = threadIdx.x % 32;
+    const int32_t key = tile.base + lane / 4;
 #pragma unroll
     for (int qt = 0; qt < kQueryTiles; ++qt) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int32_t position = rows.position(row0 + qt * 8 + lane % 4 * 2 + c);
-        const SeenKeys seen(visibility, tile, position, tile.base + lane / 4);
+        const int32_t row = row0 + qt * 8 + lane % 4 * 2 + c;
+        const SeenKeys seen(meeting.visibility, tile, meeting.rows.position(row), key);
+        const TreeRow tree(p, meeting.rows, row);
 #pragma unroll
         for (int kt = 0; kt < kKeyTiles; ++kt) {
-          if (!seen.has(kt * 16)) score[kt][qt][c] = -INFINITY;
-          if (!seen.has(kt * 16 + 8)) score[kt][qt][c + 2] = -INFINITY;
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int offset = kt * 16 + h * 8;
+            if (!seen.has(offset) || tree.hides(key + offset)) score[kt][qt][c + 2 * h] = -INFINITY;
+          }
         }
       }
     }
   }
 
-  // Puts the warp's state into shared memory: output [row][dim], bases in log2 units, sums. The
-  // state's output is in `unit`.
-  __device__ static void put_state(const State& state, float unit, float* output, float* base,
-                                   float* sum) {
+  // Puts the warp's state into shared memory: output [row][dim] in units of 1 / `unit`, bases and
+  // sums.
+  __device__ static void put_state(const State& state, float unit, float* output, float2* sums) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int qt = 0; qt < kQueryTiles; ++qt) {
@@ -516,10 +381,7 @@ class Decode {
         for (int delta = 4; delta < 32; delta *= 2) {
           total += __shfl_xor_sync(kFullWarp, total, delta);
         }
-        if (lane / 4 == 0) {
-          base[row] = state.base[qt][c];
-          sum[row] = total;
-        }
+        if (lane / 4 == 0) sums[row] = make_float2(state.base[qt][c], total);
 #pragma unroll
         for (int d = 0; d < kDim / 16; ++d) {
 #pragma unroll
@@ -532,54 +394,139 @@ class Decode {
     }
   }
 
-  // Merges the warps' states and writes the rows: to the output, or as partial states of this
-  // split.
-  __device__ static void merge_warps(const hkv_attention_params& p, const QueryRows& rows,
-                                     int32_t row0, int32_t split, const uint8_t* shared,
-                                     const float (&base)[kWarps][kRows],
-                                     const float (&sum)[kWarps][kRows]) {
-    constexpr int kVectors = kDim / 4;
-    const bool whole = p.num_splits == 1;
-    for (int i = threadIdx.x; i < kRows * kVectors; i += kWarps * 32) {
-      const int local = i / kVectors;
-      const int32_t row = row0 + local;
-      if (row >= rows.count()) return;
-      const int dim = i % kVectors * 4;
-      float top = base[0][local];
-#pragma unroll
-      for (int w = 1; w < kWarps; ++w) top = fmaxf(top, base[w][local]);
-      float total = 0.0f;
-      float o[4] = {};
+  // Merges the warps' states and writes the rows; where the sequence has other parts, the CTA that
+  // comes last does, with the states of all.
+  __device__ static void meet(const hkv_attention_params& p, int32_t row0, uint8_t* shared,
+                              Meeting& meeting) {
+    const QueryRows& rows = meeting.rows;
+    const Share& share = meeting.share;
+    const int num_rows = min(rows.count() - row0, kRows);
+    if (num_rows <= 0) return;
+    const auto into_output = [&](int row, int vector, const RowPiece& piece) {
+      put_result(p, rows, row0 + row, vector * 4, piece);
+    };
+    if (share.parts == 1) return merge_warps(shared, meeting, num_rows, into_output);
+
+    // The states of the parts lie Hk apart.
+    const int64_t first =
+        (share.entry - share.part) * static_cast<int64_t>(p.num_kv_heads) + share.kv_head;
+    PartState* const states = reinterpret_cast<PartState*>(p.partial_out) + first;
+    PartState& own = states[share.part * p.num_kv_heads];
+    merge_warps(shared, meeting, num_rows, [&](int row, int vector, const RowPiece& piece) {
+      own.output[row][vector] = piece.output;
+      if (vector == 0) own.sums[row] = make_float2(piece.base, piece.sum);
+    });
+    __syncthreads();  // the state has been written
+    if (threadIdx.x == 0) {
+      meeting.is_last = atomic_arrive(p.arrivals + first) == share.parts - 1;
+      if (meeting.is_last) p.arrivals[first] = 0;
+    }
+    __syncthreads();
+    if (!meeting.is_last) return;
+    for (int first_row = 0; first_row < num_rows; first_row += kMergeRows) {
+      const int count = min(num_rows - first_row, kMergeRows);
+      if (first_row > 0) __syncthreads();  // the last states have been read
+      merge_parts(states, p.num_kv_heads, share.parts, first_row, count, shared, meeting);
+      __syncthreads();
+      merge_warps(shared, meeting, count, [&](int row, int vector, const RowPiece& piece) {
+        put_result(p, rows, row0 + first_row + row, vector * 4, piece);
+      });
+    }
+  }
+
+  // Merges the warps' states in shared memory and gives the pieces of the first rows to `put`.
+  template <typename Put>
+  __device__ static void merge_warps(const uint8_t* shared, const Meeting& meeting, int num_rows,
+                                     Put put) {
+    for (int i = threadIdx.x; i < num_rows * kVectors; i += HKV_DECODE_THREADS) {
+      const int row = i / kVectors;
+      const int vector = i % kVectors;
+      RowPiece piece[kWarps];
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        const float share = top == -INFINITY ? 0.0f : ex2(base[w][local] - top);
-        total = fmaf(share, sum[w][local], total);
-        const float4 part = *reinterpret_cast<const float4*>(
-            shared + w * kRingBytes + (local * kPitch + dim) * sizeof(float));
-        o[0] = fmaf(share, part.x, o[0]);
-        o[1] = fmaf(share, part.y, o[1]);
-        o[2] = fmaf(share, part.z, o[2]);
-        o[3] = fmaf(share, part.w, o[3]);
+        const float* output = reinterpret_cast<const float*>(shared + w * kRingBytes);
+        piece[w] = RowPiece(meeting.sums[w][row],
+                            reinterpret_cast<const float4*>(output + row * kPitch)[vector]);
       }
-      const int64_t token = rows.token(row);
-      const int32_t head = rows.head(row);
-      const bool has_sink = whole && p.sink_logits != nullptr;
-      const ClosedRow closed(top, total, has_sink ? p.sink_logits[head] : -INFINITY);
+      RowPiece merged;
+      merged.add(piece);
+      put(row, vector, merged);
+    }
+  }
+
+  // Merges the states of the parts w, w + 4, ... into the state of warp w in shared memory, for
+  // `num_rows` rows from `first_row` on. They come through the warp's ring, as many at a time as
+  // fit: all their loads are in flight together.
+  __device__ static void merge_parts(const PartState* states, int64_t stride, int parts,
+                                     int first_row, int num_rows, uint8_t* shared,
+                                     Meeting& meeting) {
+    constexpr int kSumsBytes = sizeof(float2) * kMergeRows;
+    constexpr int kBatch = 4;
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    const int pieces = num_rows * kVectors;
+    const int staged_bytes = kSumsBytes + pieces * static_cast<int>(sizeof(float4));
+    const int at_once = kRingBytes / staged_bytes;
+    uint8_t* const ring = shared + warp * kRingBytes;
+    const uint32_t ring_shared = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
+    RowPiece merged[kMergePieces];
+    for (int first = warp; first < parts; first += at_once * kWarps) {
+      const int count = min(at_once, (parts - first + kWarps - 1) / kWarps);
+      for (int n = 0; n < count; ++n) {
+        const PartState& state = states[(first + n * kWarps) * stride];
+        const uint32_t to = ring_shared + n * staged_bytes + lane * 16;
+        if (lane * 16 < kSumsBytes) cp_async_16(to, &state.sums[first_row + lane * 2], true);
+#pragma unroll 1
+        for (int i = lane; i < pieces; i += 32) {
+          cp_async_16(to + kSumsBytes + (i - lane) * 16, state.output[first_row] + i, true);
+        }
+      }
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncwarp();  // all lanes' copies have landed
+      for (int n0 = 0; n0 < count; n0 += kBatch) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) o[c] *= closed.scale;
-      const int64_t index = token * p.num_qo_heads + head;
-      if (whole) {
-        T* out = static_cast<T*>(p.out) + token * p.out_stride_token + head * p.out_stride_head;
-        *reinterpret_cast<uint2*>(out + dim) =
-            make_uint2(Element<T>::pack(o[0], o[1]), Element<T>::pack(o[2], o[3]));
-        if (dim == 0 && p.lse != nullptr) p.lse[index] = closed.lse;
-      } else {
-        const int64_t state = static_cast<int64_t>(split) * p.num_tokens * p.num_qo_heads + index;
-        *reinterpret_cast<float4*>(p.partial_out + state * kDim + dim) =
-            make_float4(o[0], o[1], o[2], o[3]);
-        if (dim == 0) p.partial_lse[state] = closed.lse;
+        for (int u = 0; u < kMergePieces; ++u) {
+          const int i = lane + u * 32;
+          if (i >= pieces) break;
+          RowPiece piece[kBatch];
+#pragma unroll
+          for (int n = 0; n < kBatch; ++n) {
+            const uint8_t* staged = ring + min(n0 + n, count - 1) * staged_bytes;
+            piece[n] = RowPiece(reinterpret_cast<const float2*>(staged)[i / kVectors],
+                                reinterpret_cast<const float4*>(staged + kSumsBytes)[i]);
+            if (n0 + n >= count) piece[n].base = -INFINITY;
+          }
+          merged[u].add(piece);
+        }
+      }
+      __syncwarp();  // the ring may be filled again
+    }
+    float4* const output = reinterpret_cast<float4*>(ring);
+#pragma unroll
+    for (int u = 0; u < kMergePieces; ++u) {
+      const int i = lane + u * 32;
+      if (i >= pieces) break;
+      output[i / kVectors * (kPitch / 4) + i % kVectors] = merged[u].output;
+      if (i % kVectors == 0) {
+        meeting.sums[warp][i / kVectors] = make_float2(merged[u].base, merged[u].sum);
       }
     }
+  }
+
+  // Closes 4 dims of a row and writes them to the output.
+  __device__ static void put_result(const hkv_attention_params& p, const QueryRows& rows,
+                                    int32_t row, int dim, const RowPiece& piece) {
+    const int64_t token = rows.token(row);
+    const int32_t head = rows.head(row);
+    const ClosedRow closed(piece.base, piece.sum,
+                           p.sink_logits == nullptr ? -INFINITY : p.sink_logits[head]);
+    const float4& o = piece.output;
+    T* out = static_cast<T*>(p.out) + token * p.out_stride_token + head * p.out_stride_head;
+    *reinterpret_cast<uint2*>(out + dim) =
+        make_uint2(Element<T>::pack(o.x * closed.scale, o.y * closed.scale),
+                   Element<T>::pack(o.z * closed.scale, o.w * closed.scale));
+    if (dim == 0 && p.lse != nullptr) p.lse[token * p.num_qo_heads + head] = closed.lse;
   }
 };
 
@@ -592,13 +539,13 @@ class Decode {
       name(const __grid_constant__ hkv_attention_params p) {                                   \
     hkv::Decode<type, kv, dim, query_tiles>::run(p);                                           \
   }
+// Registers do not reach for 16 rows of 256 dims.
 #define HKV_DECODE(name, type, kv)                     \
   HKV_DECODE_KERNEL(name##_d64_r8, type, kv, 64, 1)    \
   HKV_DECODE_KERNEL(name##_d64_r16, type, kv, 64, 2)   \
   HKV_DECODE_KERNEL(name##_d128_r8, type, kv, 128, 1)  \
   HKV_DECODE_KERNEL(name##_d128_r16, type, kv, 128, 2) \
-  HKV_DECODE_KERNEL(name##_d256_r8, type, kv, 256, 1)  \
-  HKV_DECODE_KERNEL(name##_d256_r16, type, kv, 256, 2)
+  HKV_DECODE_KERNEL(name##_d256_r8, type, kv, 256, 1)
 
 HKV_DECODE(hkv_attention_decode_bf16, __nv_bfloat16, __nv_bfloat16)
 HKV_DECODE(hkv_attention_decode_f16, __half, __half)

@@ -8,7 +8,9 @@ use hybridkv::ErrorKind;
 use hybridkv::abi::{HKV_LAYER_CHUNKED, HKV_LAYER_FULL, HKV_LAYER_SLIDING, hkv_window};
 use hybridkv::device::{Device, DeviceBuffer, Span};
 use hybridkv::layout::{Dtype, KvScales, KvShape, KvStrides, KvView};
-use hybridkv::ops::{AttentionArgs, BlockTables, HeadStrides, Kernels, MergeArgs, WindowTable};
+use hybridkv::ops::{
+    AttentionArgs, BlockTables, HeadStrides, Kernels, MergeArgs, Plan, PlanArgs, WindowTable,
+};
 use hybridkv::reference::{self, Logits, State, compare};
 use hybridkv::spec::AttentionKind;
 
@@ -69,7 +71,56 @@ struct Loaded {
     out: DeviceBuffer,
     lse: DeviceBuffer,
     _inputs: [DeviceBuffer; 8],
-    _workspace: DeviceBuffer,
+    workspace: DeviceBuffer,
+    plan: Option<DeviceBuffer>,
+}
+
+/// How a batch is planned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Planned {
+    /// Not at all.
+    No,
+    /// As it is.
+    AsItIs,
+    /// Every sequence by its own length.
+    ByLength,
+    /// For other lengths than it has.
+    Stale,
+}
+
+impl Loaded {
+    /// Plans the batch and gives it the workspace for that.
+    fn plan(&mut self, kernels: &Kernels, planned: Planned) {
+        if planned == Planned::No {
+            return;
+        }
+        let device = kernels.device();
+        let mut class = self.args;
+        let seqs = class.num_seqs as usize;
+        let other: Vec<i32> = (0..seqs).map(|seq| [70_000, 3, 9000, 0][seq % 4]).collect();
+        let other = device.upload(&other).unwrap();
+        if planned == Planned::Stale {
+            class.kv_len = other.span();
+        }
+        let mut args = PlanArgs {
+            classes: &[class],
+            batch_invariant: planned == Planned::ByLength,
+            memory: Span::default(),
+        };
+        let bytes = kernels.plan_bytes(&args).unwrap() as usize;
+        // A plan writes all that attention reads.
+        let memory = device.upload(&vec![u8::MAX; bytes]).unwrap();
+        args.memory = memory.span();
+        let stream = device.stream().unwrap();
+        // SAFETY: the lengths and the memory outlive the synchronisation.
+        unsafe { kernels.plan(&args, stream.as_ref()).unwrap() };
+        stream.as_ref().synchronize().unwrap();
+        self.args.plan = kernels.planned(&args, 0).unwrap();
+        self.plan = Some(memory);
+        let bytes = kernels.attention_workspace_bytes(&self.args).unwrap() as usize;
+        self.workspace = device.upload(&vec![u8::MAX; bytes]).unwrap();
+        self.args.workspace = self.workspace.span();
+    }
 }
 
 fn load(batch: &Batch, kernels: &Kernels, bounds: Option<(u32, u32)>) -> Loaded {
@@ -153,6 +204,7 @@ fn load(batch: &Batch, kernels: &Kernels, bounds: Option<(u32, u32)>) -> Loaded 
         layer: 0,
         sink_logits: batch.sink_logits.then_some(span(7)),
         tree_mask: None,
+        plan: None,
         num_qo_heads: batch.heads() as u32,
         num_seqs: batch.seqs.len() as u32,
         num_tokens: batch.tokens() as u32,
@@ -168,7 +220,7 @@ fn load(batch: &Batch, kernels: &Kernels, bounds: Option<(u32, u32)>) -> Loaded 
     let bytes = kernels.attention_workspace_bytes(&args).unwrap() as usize;
     let workspace = device.upload(&vec![u8::MAX; bytes]).unwrap();
     args.workspace = workspace.span();
-    Loaded { args, out, lse, _inputs: inputs, _workspace: workspace }
+    Loaded { args, out, lse, _inputs: inputs, workspace, plan: None }
 }
 
 /// Every index of a three-dimensional array, the last dimension fastest.
@@ -200,24 +252,31 @@ fn expected(batch: &Batch) -> Vec<State> {
     states
 }
 
-/// Runs the batch; `bounds` are what is told of the longest query and sequence.
-fn check(batch: &Batch, kernels: &Kernels, bounds: Option<(u32, u32)>) {
-    let loaded = load(batch, kernels, bounds);
-    let stream = kernels.device().stream().unwrap();
-    // SAFETY: all buffers outlive the synchronisation; the tables name blocks of the pool.
-    unsafe { kernels.attention(&loaded.args, stream.as_ref()).unwrap() };
-    stream.as_ref().synchronize().unwrap();
+/// What is told of the longest query and sequence (`None`: the truth), and how the batch is planned.
+type Way = (Option<(u32, u32)>, Planned);
+
+/// Runs the batch in every given way.
+fn check(batch: &Batch, kernels: &Kernels, ways: &[Way]) {
     let expected = expected(batch);
-    let bits = loaded.out.download::<u16>().unwrap();
-    let ours: Vec<f64> = bits.iter().map(|&b| bf16::from_bits(b).to_f64()).collect();
     let wanted: Vec<f64> = expected.iter().flat_map(|state| state.out.clone()).collect();
-    let comparison = compare(&ours, &wanted, DIM, 0.0);
-    assert!(comparison.misplaced == 0 && comparison.relative <= 4e-3, "{comparison:?}");
-    for (row, (ours, state)) in
-        loaded.lse.download::<f32>().unwrap().iter().zip(&expected).enumerate()
-    {
-        let close = f64::from(*ours) == state.lse || (f64::from(*ours) - state.lse).abs() <= 1e-3;
-        assert!(close, "LSE of row {row}: {ours} instead of {}", state.lse);
+    for &(bounds, planned) in ways {
+        let mut loaded = load(batch, kernels, bounds);
+        loaded.plan(kernels, planned);
+        let stream = kernels.device().stream().unwrap();
+        // SAFETY: all buffers outlive the synchronisation; the tables name blocks of the pool.
+        unsafe { kernels.attention(&loaded.args, stream.as_ref()).unwrap() };
+        stream.as_ref().synchronize().unwrap();
+        let bits = loaded.out.download::<u16>().unwrap();
+        let ours: Vec<f64> = bits.iter().map(|&b| bf16::from_bits(b).to_f64()).collect();
+        let comparison = compare(&ours, &wanted, DIM, 0.0);
+        let way = format_args!("{bounds:?} {planned:?}");
+        assert!(comparison.misplaced == 0 && comparison.relative <= 4e-3, "{way}: {comparison:?}");
+        let lses = loaded.lse.download::<f32>().unwrap();
+        for (row, (ours, state)) in lses.iter().zip(&expected).enumerate() {
+            let ours = f64::from(*ours);
+            let close = ours == state.lse || (ours - state.lse).abs() <= 1e-3;
+            assert!(close, "{way}: LSE of row {row}: {ours} instead of {}", state.lse);
+        }
     }
 }
 
@@ -239,14 +298,42 @@ fn every_way_to_cut_the_keys_agrees_with_the_reference() {
                 sink_logits,
             };
             let decode = batch(&[(1, 1), (1, 300), (1, 96), (1, 97)], 5, true);
-            check(&decode, &kernels, None);
-            check(&decode, &kernels, Some((1, 1 << 20))); // many splits, most of them empty
-            check(&decode, &kernels, Some((3, 300))); // 15 rows
-            check(&batch(&[(3, 3), (0, 40), (2, 130)], 2, false), &kernels, None);
+            let speculative = batch(&[(3, 3), (0, 40), (2, 130)], 2, false);
+            let planned = [Planned::No, Planned::AsItIs, Planned::ByLength, Planned::Stale];
+            let ways = |bounds: &[Option<(u32, u32)>]| -> Vec<Way> {
+                bounds.iter().flat_map(|&bounds| planned.map(|planned| (bounds, planned))).collect()
+            };
+            // The truth; many parts, most of them empty; 15 rows; bounds that are too low cost time only.
+            let bounds = [None, Some((1, 1 << 20)), Some((3, 300)), Some((1, 1))];
+            check(&decode, &kernels, &ways(&bounds));
+            check(&speculative, &kernels, &ways(&[None, Some((1, 130))])); // more rows than the kernel has
             let prefill = batch(&[(40, 40), (70, 260), (1, 50)], 3, index == 0);
-            check(&prefill, &kernels, None);
-            check(&prefill, &kernels, Some((70, 1 << 16)));
-            check(&prefill, &kernels, Some((1, 1))); // bounds that are too low cost time only
+            let bounds = [None, Some((70, 1 << 16)), Some((1, 1))];
+            check(&prefill, &kernels, &bounds.map(|bounds| (bounds, Planned::AsItIs)));
+        }
+    }
+}
+
+/// The bits of a sequence's output with a plan by length: the same alone and among others.
+#[test]
+fn plans_by_length_keep_the_bits_of_a_sequence() {
+    for kernels in all_kernels() {
+        let run = |seqs: &[(usize, usize)]| -> Vec<u16> {
+            let batch = Batch { seqs: seqs.to_vec(), sink_logits: false, ..example() };
+            let mut loaded = load(&batch, &kernels, Some((1, 1 << 17)));
+            loaded.plan(&kernels, Planned::ByLength);
+            let stream = kernels.device().stream().unwrap();
+            // SAFETY: all buffers outlive the synchronisation; the tables name blocks of the pool.
+            unsafe { kernels.attention(&loaded.args, stream.as_ref()).unwrap() };
+            stream.as_ref().synchronize().unwrap();
+            let row = batch.heads() * DIM;
+            loaded.out.download::<u16>().unwrap()[..row].to_vec()
+        };
+        let alone = run(&[(1, 9000)]);
+        for others in [vec![(1, 40)], vec![(1, 20_000), (1, 5)], vec![(1, 300); 40]] {
+            let mut batch = vec![(1, 9000)];
+            batch.extend(others);
+            assert_eq!(run(&batch), alone, "{batch:?}");
         }
     }
 }
@@ -385,11 +472,14 @@ fn attention_refuses_what_the_host_can_see() {
         ("lse", |a| a.lse = Some(Span::new(64, 31))),
         ("sink_logits", |a| a.sink_logits = Some(Span::new(64, 15))),
         ("the workspace", |a| a.workspace.bytes -= 1),
+        ("the plan is of 2 sequences with 2 KV heads, the batch of 1 with 2", |a| a.num_seqs = 1),
+        ("the plan is of", |a| a.kv.shape.num_kv_heads = 1),
     ];
     let kernels = Kernels::load(&Device::cpu()).unwrap();
     let stream = kernels.device().stream().unwrap();
     // As if the context were long, so that there is a workspace to be too small.
-    let loaded = load(&example(), &kernels, Some((1, 1 << 20)));
+    let mut loaded = load(&example(), &kernels, Some((1, 1 << 20)));
+    loaded.plan(&kernels, Planned::ByLength);
     assert!(loaded.args.workspace.bytes > 0);
     for (words, fault) in FAULTS {
         let mut args = loaded.args;
@@ -413,6 +503,80 @@ fn attention_refuses_what_the_host_can_see() {
     }
     let untouched = loaded.out.download::<u16>().unwrap();
     assert!(untouched.iter().all(|&x| x == u16::MAX), "refused launches write nothing");
+}
+
+#[test]
+fn plan_refuses_what_the_host_can_see() {
+    let kernels = Kernels::load(&Device::cpu()).unwrap();
+    let loaded = load(&example(), &kernels, Some((1, 1 << 20)));
+    let class = loaded.args;
+    let memory = kernels.device().alloc(1 << 16).unwrap();
+    let eight = [class; 8];
+    let args =
+        |count| PlanArgs { classes: &eight[..count], batch_invariant: true, memory: memory.span() };
+    let stream = kernels.device().stream().unwrap();
+    // SAFETY: what is not refused has its memory.
+    let plan = |args: &PlanArgs<'_>| unsafe { kernels.plan(args, stream.as_ref()) };
+    plan(&args(8)).unwrap();
+    plan(&args(0)).unwrap();
+    assert!(kernels.planned(&args(1), 1).is_err(), "there is one class");
+    let needed = kernels.plan_bytes(&args(1)).unwrap();
+    let short = Span::new(memory.address(), needed - 1);
+    let bad = |change: fn(&mut AttentionArgs)| {
+        let mut bad = class;
+        change(&mut bad);
+        bad
+    };
+    for (words, classes, memory) in [
+        ("window classes: 9 is not supported; supported: up to 8", vec![class; 9], memory.span()),
+        ("the plan's memory", vec![class], short),
+        ("num_seqs 4097", vec![bad(|a| a.num_seqs = 4097)], memory.span()),
+        ("class 1 are not those of class 0", vec![class, bad(|a| a.num_seqs = 1)], memory.span()),
+        ("class 1 are", vec![class, bad(|a| a.kv_len.address += 4)], memory.span()),
+        ("layer 1 is outside", vec![bad(|a| a.layer = 1)], memory.span()),
+        ("kv_len has 4 bytes", vec![bad(|a| a.kv_len.bytes = 4)], memory.span()),
+        ("qo_indptr has", vec![bad(|a| a.qo_indptr.bytes = 4)], memory.span()),
+        ("head_dim 96", vec![bad(|a| a.kv.shape.head_dim = 96)], memory.span()),
+    ] {
+        let args = PlanArgs { classes: &classes, batch_invariant: true, memory };
+        let error = plan(&args).expect_err(words);
+        assert!(error.to_string().contains(words), "{words:?} is not in {error}");
+    }
+    // What the prefill kernel serves is not planned and needs no memory.
+    let prefill = [bad(|a| a.max_q_len = 9)];
+    let args = PlanArgs { classes: &prefill, batch_invariant: false, memory: Span::default() };
+    assert_eq!(kernels.plan_bytes(&args).unwrap(), 0);
+    plan(&args).unwrap();
+    assert_eq!(kernels.planned(&args, 0).unwrap(), None::<Plan>);
+}
+
+#[test]
+fn checking_mode_finds_wrong_plans() {
+    for kernels in all_kernels() {
+        let kernels = kernels.checked();
+        let stream = kernels.device().stream().unwrap();
+        let mut loaded = load(&example(), &kernels, Some((1, 1 << 14)));
+        loaded.plan(&kernels, Planned::Stale);
+        // SAFETY: the buffers outlive the synchronisation; the tables name blocks of the pool.
+        let run = || unsafe { kernels.attention(&loaded.args, stream.as_ref()) };
+        run().unwrap();
+        stream.as_ref().synchronize().unwrap();
+        let memory = loaded.plan.as_ref().unwrap();
+        let right: Vec<i32> = memory.download().unwrap();
+        // The first entry names a sequence that is not there; a sequence has no entry.
+        for word in [99, right[2]] {
+            let mut wrong = right.clone();
+            wrong[0] = word;
+            let damaged = kernels.device().upload(&wrong).unwrap();
+            // SAFETY: both live until the stream is synchronised.
+            unsafe {
+                stream.as_ref().copy(damaged.address(), memory.address(), memory.len()).unwrap();
+            }
+            stream.as_ref().synchronize().unwrap();
+            let error = run().expect_err("a wrong plan");
+            assert!(error.to_string().contains("plan"), "{error}");
+        }
+    }
 }
 
 #[test]

@@ -58,10 +58,52 @@ typedef struct hkv_append_params {
 // Launch shapes on which kernels and launchers agree; shared memory is dynamic.
 #define HKV_DECODE_THREADS 128
 #define HKV_DECODE_SHARED_BYTES 98304
-#define HKV_DECODE_NARROW_SHARED_BYTES 49152  // of e4m3 kernels with head_dim * rows <= 1024
+#define HKV_DECODE_NARROW_SHARED_BYTES 49152  // of e4m3 kernels for 8 rows, head_dim <= 128
+#define HKV_PLAN_THREADS 1024
+#define HKV_PLAN_MAX_CLASSES 8
+#define HKV_PLAN_MAX_SEQS 4096
+#define HKV_PLAN_MAX_PARTS 64  // of a sequence in a plan of fixed parts
 #define HKV_PREFILL_THREADS 128
 #define HKV_PREFILL_SHARED_BYTES 98304
 #define HKV_MERGE_THREADS 128
+
+// One entry of the work list of a decode batch: part `index` of the `count` parts into which the
+// visible keys of a sequence are cut. The entries of a sequence follow each other, those of cut
+// sequences (count > 1) come before all others, and entries without work have count 0.
+typedef struct hkv_part {
+  int32_t seq;
+  int16_t index;
+  int16_t count;
+} hkv_part;
+
+// The work list of one window class: layers that see the same keys. A sequence that sees n tokens
+// becomes min(n / share, sqrt(n / merge_tokens)) parts, rounded down, with share = max(n of all
+// sequences / spare_parts, min_tokens), which cuts no more than spare_parts parts; or, with
+// fixed_tokens > 0, min(ceil(n / fixed_tokens), max_parts), whatever else is in the batch. It is at
+// least one part.
+typedef struct hkv_plan_class {
+  hkv_part* parts;       // [num_parts], written
+  int32_t* arrivals;     // [parts of cut sequences, Hk], those in use set to 0
+  int32_t layer;         // any layer of the class
+  int32_t num_parts;     // S and the parts that cutting may add
+  int32_t spare_parts;   // 1 to 32767
+  int32_t min_tokens;    // of a part, at least 1
+  int32_t fixed_tokens;  // 0: sequences are cut by their share of the batch
+  int32_t max_parts;     // of one sequence, where fixed_tokens > 0; 1 to HKV_PLAN_MAX_PARTS
+  int32_t num_kv_heads;  // Hk
+  float merge_tokens;    // what merging a part costs, in the tokens that the same time reads
+} hkv_plan_class;
+
+// Makes the work lists of a decode batch. They only say who does what: with other lengths than
+// they were made for, results stay right.
+typedef struct hkv_plan_params {
+  const int32_t* qo_indptr;   // [S + 1] device
+  const int32_t* kv_len;      // [S] device
+  const hkv_window* windows;  // [L] device
+  hkv_plan_class classes[HKV_PLAN_MAX_CLASSES];
+  int32_t num_seqs;  // S, at most HKV_PLAN_MAX_SEQS
+  int32_t reserved;
+} hkv_plan_params;
 
 // Paged attention of q against the KV of the sequences' live blocks, for one layer of any kind.
 // Query token t of sequence s has absolute position kv_len[s] - q_len + t, q_len = qo_indptr difference.
@@ -83,8 +125,12 @@ typedef struct hkv_attention_params {
   const uint32_t* tree_mask;   // [T] device, or null: bit u of word t says whether query token t sees
                                // query token u of its sequence (bit t of itself is set), besides what
                                // the layer's kind says; at most 32 query tokens per sequence
-  float* partial_out;          // [num_splits, T, Hq, D], or null when num_splits == 1
-  float* partial_lse;          // [num_splits, T, Hq], or null when num_splits == 1
+  const hkv_part* parts;       // decode: [num_parts] device, or null: every sequence is one part
+  int32_t* arrivals;           // decode: [cut parts, Hk] device, 0 before and after; null without
+                               // parts
+  float* partial_out;          // prefill: [num_splits, T, Hq, D], null when num_splits == 1; decode:
+                               // [cut parts, Hk, rows * (D + 2)], rows (8 or 16) of the kernel
+  float* partial_lse;          // prefill: [num_splits, T, Hq], null when num_splits == 1
   int64_t q_stride_token;
   int64_t q_stride_head;
   int64_t out_stride_token;
@@ -103,7 +149,9 @@ typedef struct hkv_attention_params {
   int32_t num_qo_heads;
   int32_t num_kv_heads;
   int32_t block_shift;  // log2(block_size)
-  int32_t num_splits;   // parts into which the visible keys of every query tile are cut
+  int32_t num_splits;   // prefill: parts into which the visible keys of every query tile are cut
+  int32_t reads_early;  // decode: lengths, tables, parts and all tokens but this step's may be read
+                        // before the kernel's predecessor in the stream has ended
   float sm_scale;
   float logits_soft_cap;  // 0: none; else logits become cap * tanh(logits / cap)
 } hkv_attention_params;

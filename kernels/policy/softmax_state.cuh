@@ -85,7 +85,7 @@ struct ClosedRow {
     }
     const float keep = ex2(base - top);
     const float total = fmaf(sum, keep, ex2(sink * kLog2e - top));
-    scale = keep / total;
+    scale = keep * rcp(total);
     lse = kLn2 * top + logf(total);
   }
 };

@@ -100,7 +100,8 @@ class KeyTiles {
   int32_t count_;
 };
 
-// Part `split` of `num_splits` of the tiles 0 .. count - 1, in whole multiples of `granule` tiles.
+// Part `split` of `num_splits` of the tiles 0 .. count - 1, in whole multiples of `granule` tiles
+// that are shared out as evenly as they can be.
 struct TileSpan {
   int32_t begin;
   int32_t end;
@@ -108,9 +109,11 @@ struct TileSpan {
   TileSpan() = default;
   __device__ TileSpan(int32_t count, int32_t split, int32_t num_splits, int32_t granule) {
     const int32_t granules = (count + granule - 1) / granule;
-    const int32_t share = (granules + num_splits - 1) / num_splits * granule;
-    begin = min(static_cast<int64_t>(split) * share, static_cast<int64_t>(count));
-    end = min(begin + share, count);
+    const int32_t share = granules / num_splits;
+    const int32_t longer = granules - share * num_splits;  // parts with one granule more
+    const int32_t first = split * share + min(split, longer);
+    begin = min(first * granule, count);
+    end = min((first + share + (split < longer)) * granule, count);
   }
 };
 

@@ -415,6 +415,7 @@ impl hkv_attention_args {
             layer: self.layer,
             sink_logits: self.sink_logits.given(),
             tree_mask: self.tree_mask.given(),
+            plan: None,
             num_qo_heads: self.num_qo_heads,
             num_seqs: self.num_seqs,
             num_tokens: self.num_tokens,

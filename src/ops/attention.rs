@@ -1,108 +1,22 @@
 //! `attention`: paged attention over a block table, for any kind of layer, decode and chunked prefill.
 //!
 //! Two kernels serve it. `attention_decode.cu` is for at most 16 query rows per KV head (query tokens times
-//! query heads per KV head), `attention_prefill.cu` for more. Either may cut the visible keys of a query
-//! into splits, so that few queries over many keys still fill the GPU; their partial states go through
-//! the workspace and `merge_states`. Kernel and splits are chosen here from upper bounds; what a CTA really
-//! does it computes on the device from the lengths and the window table, so that a captured launch
-//! replays with other ones.
+//! query heads per KV head; 8 of 256 dimensions), `attention_prefill.cu` for more. Few queries over many keys fill the GPU all
+//! the same: decode cuts sequences into parts as a [`Plan`] says and merges them itself, prefill cuts the keys
+//! of every query tile into splits, whose partial states go through the workspace and `merge_states`. Kernel
+//! and CTAs are chosen here from upper bounds ([`split`]); what a CTA really does it computes on the device
+//! from the lengths and the window table, so that a captured launch replays with other ones.
 
-use super::{Kernel, Kernels, Loader, checks, cpu, merge};
+use super::split::{self, Bounds, Variant, WorkList};
+use super::strides::HeadStrides;
+use super::{Kernel, Kernels, Loader, Plan, checks, cpu, merge};
 use crate::abi::{self, hkv_attention_params, hkv_merge_params, hkv_window};
 use crate::device::cuda::LaunchConfig;
-use crate::device::{Span, StreamRef};
+use crate::device::{DeviceInfo, Span, StreamRef};
 use crate::error::{Error, Result};
 use crate::layout::{Dtype, KvShape, KvStrides, KvView};
 
 const OP: &str = "attention";
-
-/// Strides in elements of a `[token, head, head_dim]` tensor whose last dimension is contiguous.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct HeadStrides {
-    /// Between tokens.
-    pub token: i64,
-    /// Between heads.
-    pub head: i64,
-}
-
-impl HeadStrides {
-    /// Strides of a contiguous `[token, head, head_dim]` tensor.
-    pub const fn contiguous(num_heads: u32, head_dim: u32) -> Self {
-        Self { token: num_heads as i64 * head_dim as i64, head: head_dim as i64 }
-    }
-
-    /// Checks a `[tokens, heads, head_dim]` tensor of these strides: rows at multiples of 16 bytes, all of
-    /// them inside of `span`.
-    #[allow(clippy::too_many_arguments, reason = "the tensor's name, place, shape and type")]
-    pub(super) fn check(
-        &self,
-        op: &'static str,
-        what: &str,
-        span: &Span,
-        tokens: u32,
-        heads: u32,
-        head_dim: u32,
-        dtype: Dtype,
-    ) -> Result<()> {
-        let row = 16 / dtype.bytes() as i64;
-        for (name, stride) in [("token", self.token), ("head", self.head)] {
-            if stride % row != 0 {
-                return Err(Error::invalid(
-                    op,
-                    format!(
-                        "{name} stride of {what}, {stride} elements, is no multiple of 16 bytes"
-                    ),
-                ));
-            }
-        }
-        let last = |count: u32, stride: i64| {
-            u64::try_from(stride).ok()?.checked_mul(u64::from(count.saturating_sub(1)))
-        };
-        let bytes = last(tokens, self.token)
-            .and_then(|x| x.checked_add(last(heads, self.head)?))
-            .and_then(|x| x.checked_add(u64::from(head_dim)))
-            .and_then(|x| x.checked_mul(dtype.bytes() as u64))
-            .ok_or_else(|| {
-                Error::invalid(
-                    op,
-                    format!(
-                        "the strides of {what} ({}, {}) are negative or overflow 64-bit addresses",
-                        self.token, self.head
-                    ),
-                )
-            })?;
-        span.check(op, what, bytes, 16)
-    }
-
-    /// Checks that no two rows of a tensor that is written overlap.
-    pub(super) fn check_disjoint(
-        &self,
-        op: &'static str,
-        what: &str,
-        tokens: u32,
-        heads: u32,
-        head_dim: u32,
-    ) -> Result<()> {
-        // One dimension lies inside of a step of the other, a row inside of the smaller step.
-        let nested = |inner: i64, count: u32, outer: i64, outer_count: u32| {
-            let row = i64::from(head_dim);
-            let extent = inner.checked_mul(i64::from(count) - 1).and_then(|x| x.checked_add(row));
-            (count < 2 || inner >= row) && (outer_count < 2 || extent.is_some_and(|x| x <= outer))
-        };
-        if nested(self.head, heads, self.token, tokens)
-            || nested(self.token, tokens, self.head, heads)
-        {
-            return Ok(());
-        }
-        Err(Error::invalid(
-            op,
-            format!(
-                "rows of {what} overlap: {tokens} tokens {} elements apart, {heads} heads {} apart, rows of {head_dim}",
-                self.token, self.head
-            ),
-        ))
-    }
-}
 
 /// The window table on the device: one [`hkv_window`] row per layer.
 #[derive(Debug, Clone, Copy)]
@@ -179,6 +93,10 @@ pub struct AttentionArgs {
     /// token `t` sees query token `u` of its sequence (bit `t` is set), where the layer's kind lets it.
     /// Tokens before the new ones are seen as always. At most 32 query tokens per sequence; `None`: causal.
     pub tree_mask: Option<Span>,
+    /// How the batch's decode work is dealt to CTAs, out of [`Kernels::plan`](crate::ops::Kernels::plan).
+    /// `None`: no sequence is cut, and one that is longer than the others keeps the device waiting. Not
+    /// looked at where there are too many query rows for the decode kernel.
+    pub plan: Option<Plan>,
     /// Query heads on this rank, a multiple of the KV heads.
     pub num_qo_heads: u32,
     /// Sequences.
@@ -187,7 +105,7 @@ pub struct AttentionArgs {
     pub num_tokens: u32,
     /// Upper bound on the query tokens of one sequence: chooses the kernel.
     pub max_q_len: u32,
-    /// Upper bound on the *visible* tokens of one sequence in this layer: chooses the number of splits.
+    /// Upper bound on the *visible* tokens of one sequence in this layer: chooses how keys are shared out.
     pub max_kv_len: u32,
     /// Factor of the logits, usually `1 / sqrt(head_dim)`; more than 0.
     pub sm_scale: f32,
@@ -222,7 +140,9 @@ impl Loaded {
         for (dtype, by_dtype) in DTYPES.iter().zip(&mut loaded.decode) {
             for (kv, by_kv) in KV_SUFFIXES.iter().zip(by_dtype) {
                 for (dim, by_dim) in HEAD_DIMS.iter().zip(by_kv) {
-                    for (rows, kernel) in [8, 16].iter().zip(by_dim) {
+                    // Registers do not reach for 16 rows of 256 dimensions.
+                    let rows = if *dim < 256 { [8, 16].as_slice() } else { &[8] };
+                    for (rows, kernel) in rows.iter().zip(by_dim) {
                         let dtype = dtype.name();
                         let name = format!("hkv_attention_decode_{dtype}{kv}_d{dim}_r{rows}");
                         *kernel = decode(&name, abi::HKV_DECODE_SHARED_BYTES)?;
@@ -244,115 +164,94 @@ impl Loaded {
     }
 }
 
-/// Which kernel, and how a batch is cut into CTAs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Plan {
-    variant: Variant,
-    /// Parts into which the visible keys of every query tile are cut.
-    splits: u32,
-    ctas: u64,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Variant {
-    /// At most 8 query rows per KV head.
-    Decode8,
-    /// At most 16.
-    Decode16,
-    Prefill,
-}
-
-/// CTAs of either kernel that share a multiprocessor.
-const CTAS_PER_SM: u64 = 2;
-
-impl Plan {
-    fn new(args: &AttentionArgs, multiprocessors: u32) -> Self {
-        let sms = u64::from(multiprocessors.max(1));
-        let kv_heads = u64::from(args.kv.shape.num_kv_heads);
-        let group = u64::from(args.num_qo_heads) / kv_heads;
-        let rows = u64::from(args.max_q_len.max(1)) * group;
-        if rows <= 16 {
-            let variant = if rows <= 8 { Variant::Decode8 } else { Variant::Decode16 };
-            let items = u64::from(args.num_seqs) * kv_heads;
-            let splits = decode_splits(items, args.max_kv_len.into(), sms);
-            return Self { variant, splits, ctas: items * u64::from(splits) };
-        }
-        // As in kernels/attention_prefill.cu: rows of a CTA; one tile more per sequence than rows fill.
-        let tile_rows = if args.kv.shape.head_dim <= 128 { 128 } else { 64 };
-        let all_rows = u64::from(args.num_tokens) * group;
-        let tiles = all_rows / tile_rows + u64::from(args.num_seqs);
-        let state_bytes = all_rows * kv_heads * state_bytes(args.kv.shape.head_dim);
-        let splits = prefill_splits(
-            all_rows.div_ceil(tile_rows).max(args.num_seqs.into()) * kv_heads,
-            args.max_kv_len.into(),
-            sms * CTAS_PER_SM,
-            MAX_PREFILL_PARTIAL_BYTES / state_bytes.max(1),
-        );
-        Self { variant: Variant::Prefill, splits, ctas: tiles * kv_heads * u64::from(splits) }
-    }
-}
-
-/// Splits of a decode batch of `items` (sequence, KV head) pairs.
-///
-/// A CTA streams keys at up to 50 GB/s (H100), so that one per multiprocessor saturates memory: fewer items
-/// than that are split to fill the device, and no further, since partial states cost. With more items,
-/// splits keep a long sequence among short ones from running alone at the end.
-fn decode_splits(items: u64, max_kv_len: u64, sms: u64) -> u32 {
-    /// Tokens below which a split costs more than it saves: two slices per warp.
-    const MIN_TOKENS: u64 = 128;
-    /// Tokens above which a CTA is cut even when there are enough of them.
-    const MAX_TOKENS: u64 = 16384;
-    /// CTAs above which length is no reason to cut.
-    const MAX_CTAS: u64 = 4096;
-    let splits = if items < sms {
-        (sms / items).min(max_kv_len / MIN_TOKENS)
-    } else {
-        max_kv_len.div_ceil(MAX_TOKENS).min(MAX_CTAS / items)
-    };
-    splits.max(1) as u32
-}
-
-/// Bytes that the partial states of a prefill may take.
-const MAX_PREFILL_PARTIAL_BYTES: u64 = 64 << 20;
-
-/// Splits of a prefill of `items` (tile, KV head) pairs on `slots` CTAs at a time: what makes the waves of
-/// CTAs end soonest, at most `max_splits`.
-fn prefill_splits(items: u64, max_kv_len: u64, slots: u64, max_splits: u64) -> u32 {
-    /// Keys of a tile.
-    const TILE_KEYS: u64 = 64;
-    /// What a CTA costs besides its tiles (start, partial state, merge), in tiles.
-    const OVERHEAD_TILES: u64 = 4;
-    /// Tiles below which a split is not worth it.
-    const MIN_TILES: u64 = 4;
-    let tiles = max_kv_len.div_ceil(TILE_KEYS);
-    let most = (tiles / MIN_TILES).min(max_splits).clamp(1, 32);
-    let cost =
-        |splits: u64| (items * splits).div_ceil(slots) * (tiles.div_ceil(splits) + OVERHEAD_TILES);
-    let best = (1..=most).map(cost).min().unwrap_or(0);
-    // The fewest that come within 1/32 of the best: partial states are not free.
-    (1..=most).find(|&splits| cost(splits) <= best + best / 32).unwrap_or(1) as u32
-}
-
 /// Query tokens of a sequence that a tree mask has bits for.
 const MAX_TREE_TOKENS: u32 = 32;
 
+/// The kernel for a batch, and how it is cut into CTAs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Decode { rows: u32, list: WorkList },
+    Prefill { splits: u32, ctas: u64 },
+}
+
+impl Way {
+    fn of(args: &AttentionArgs, device: &DeviceInfo) -> Result<Self> {
+        let rows = match args.variant() {
+            Variant::Decode8 => 8,
+            Variant::Decode16 => 16,
+            Variant::Prefill => return Ok(Self::prefill(args, device)),
+        };
+        let whole = WorkList::whole(args.bounds());
+        let list = match &args.plan {
+            Some(plan) => {
+                plan.check(OP, &whole)?;
+                plan.list
+            }
+            None => whole,
+        };
+        Ok(Self::Decode { rows, list })
+    }
+
+    fn prefill(args: &AttentionArgs, device: &DeviceInfo) -> Self {
+        let kv_heads = u64::from(args.kv.shape.num_kv_heads);
+        // As in kernels/attention_prefill.cu: rows of a CTA; one tile more per sequence than rows fill.
+        let tile_rows = if args.kv.shape.head_dim <= 128 { 128 } else { 64 };
+        let all_rows = u64::from(args.num_tokens) * u64::from(args.group());
+        let tiles = all_rows / tile_rows + u64::from(args.num_seqs);
+        let splits = split::prefill_splits(
+            all_rows.div_ceil(tile_rows).max(args.num_seqs.into()) * kv_heads,
+            args.max_kv_len,
+            device,
+            args.state_rows() * state_bytes(args.kv.shape.head_dim),
+        );
+        Self::Prefill { splits, ctas: tiles * kv_heads * u64::from(splits) }
+    }
+
+    fn ctas(&self) -> u64 {
+        match self {
+            Self::Decode { list, .. } => list.ctas(),
+            Self::Prefill { ctas, .. } => *ctas,
+        }
+    }
+
+    /// Bytes of the partial states in the workspace.
+    fn workspace_bytes(&self, args: &AttentionArgs) -> Result<u64> {
+        let state = state_bytes(args.kv.shape.head_dim);
+        let bytes = match *self {
+            // As in kernels/attention_decode.cu: outputs, bases and sums.
+            Self::Decode { rows, list } => {
+                let slot = u64::from(rows) * (state + size_of::<f32>() as u64);
+                list.cut_items().checked_mul(slot)
+            }
+            Self::Prefill { splits: 1, .. } => Some(0),
+            Self::Prefill { splits, .. } => {
+                (args.state_rows() * state).checked_mul(u64::from(splits))
+            }
+        };
+        bytes.ok_or_else(|| {
+            Error::invalid(OP, "the partial states of these bounds overflow 64-bit addresses")
+        })
+    }
+}
+
 /// Dynamic shared memory of a decode kernel of this many query rows, as in kernels/attention_decode.cu.
 fn decode_shared_bytes(shape: &KvShape, rows: u32) -> u32 {
-    if shape.dtype == Dtype::E4m3 && shape.head_dim * rows <= 1024 {
+    if shape.dtype == Dtype::E4m3 && rows == 8 && shape.head_dim <= 128 {
         abi::HKV_DECODE_NARROW_SHARED_BYTES
     } else {
         abi::HKV_DECODE_SHARED_BYTES
     }
 }
 
-/// Bytes of the partial state of a row: output and LSE in f32.
+/// Bytes of the state of a row: output and LSE in f32.
 fn state_bytes(head_dim: u32) -> u64 {
     (u64::from(head_dim) + 1) * size_of::<f32>() as u64
 }
 
 impl Kernels {
     /// Bytes of workspace that [`attention`](Self::attention) needs for these arguments; 0 when no keys are
-    /// split. Depends on shapes and bounds alone, not on addresses or on what lies there.
+    /// split. Depends on shapes, bounds and the shape of the plan alone, not on addresses or on what lies
+    /// there.
     ///
     /// # Errors
     /// As [`attention`](Self::attention) for shapes that are not supported.
@@ -361,74 +260,77 @@ impl Kernels {
             return Ok(0);
         }
         args.check_shape()?;
-        Ok(args.workspace_bytes(Plan::new(args, self.device.info().multiprocessors).splits))
+        Way::of(args, self.device.info())?.workspace_bytes(args)
     }
 
     /// Attends the queries of a batch to the keys that they see in one layer: `out` and, if wanted, `lse`.
     ///
     /// What a query sees is said in [`AttentionKind`](crate::spec::AttentionKind). A query that sees
     /// nothing gets 0 and an LSE of -inf (with sink logits, the sink itself). No tokens are a no-op. Rows
-    /// of `out` past the last sequence's are left alone. `max_q_len` and `max_kv_len` only choose the way:
-    /// longer sequences are slower, not wrong.
+    /// of `out` past the last sequence's are left alone. `max_q_len`, `max_kv_len` and the plan only choose
+    /// the way: longer sequences, or others than were planned, are slower, not wrong.
     ///
     /// # Errors
     /// `Unsupported` or `InvalidArgument` for anything the host can see: element type, head dimension,
     /// block size, head counts, alignment, strides or arrays that leave their buffers, rows of `out` that
-    /// overlap, a layer outside of the window table, a workspace that is too small, a scale that is not
-    /// positive.
+    /// overlap, a layer outside of the window table, a plan of another batch size or number of KV heads, a
+    /// workspace that is too small, a scale that is not positive.
     ///
     /// # Safety
     /// Until the stream has passed the launch, every span in `args` is device memory of that length; the
     /// window table names groups and layer slots inside of the tables and the view; `qo_indptr` rises from 0
     /// or more to at most `num_tokens`; every block row holds the blocks of all visible tokens, with ids
-    /// inside of the view; nothing else accesses what is written, the workspace included, and nothing writes
-    /// what is read.
+    /// inside of the view; a plan was made by [`plan`](Self::plan), earlier in the stream, and, where it is
+    /// [`early`](Plan::early), what that says of the predecessor holds; nothing else accesses what is written,
+    /// the workspace and the plan included, and nothing writes what is read.
     pub unsafe fn attention(&self, args: &AttentionArgs, stream: StreamRef<'_>) -> Result<()> {
         if args.num_tokens == 0 || args.num_seqs == 0 {
             return Ok(());
         }
         args.check()?;
-        if args.tree_mask.is_some() && self.device.backend().as_cuda().is_some() {
-            return Err(Error::unsupported(OP, "tree_mask", "on a GPU", "the CPU device"));
-        }
-        let plan = Plan::new(args, self.device.info().multiprocessors);
-        args.workspace.check(OP, "the workspace", args.workspace_bytes(plan.splits), 16)?;
-        let ctas = u32::try_from(plan.ctas).ok().filter(|&ctas| ctas <= i32::MAX as u32);
+        let way = Way::of(args, self.device.info())?;
+        args.workspace.check(OP, "the workspace", way.workspace_bytes(args)?, 16)?;
+        let ctas = way.ctas();
+        let ctas = u32::try_from(ctas).ok().filter(|&ctas| ctas <= i32::MAX as u32);
         let ctas = ctas.ok_or_else(|| {
-            Error::unsupported(OP, "a batch of", format!("{} CTAs", plan.ctas), "up to 2^31 - 1")
+            let given = format!("{} CTAs", way.ctas());
+            Error::unsupported(OP, "a batch of", given, "up to 2^31 - 1")
         })?;
         if self.checked {
             // SAFETY: the caller's promise about the spans.
             unsafe { checks::attention(args, stream)? };
+            if let (Way::Decode { .. }, Some(plan)) = (&way, &args.plan) {
+                // SAFETY: as above.
+                unsafe { checks::plan(plan, stream)? };
+            }
         }
 
         let (dtype, shape) = (args.dtype, args.kv.shape);
-        let params = args.params(plan.splits);
+        let params = args.params(&way);
         let by_dtype = usize::from(args.dtype == DTYPES[1]);
         let e4m3 = usize::from(shape.dtype == Dtype::E4m3);
         let dim = HEAD_DIMS.iter().position(|&dim| dim == shape.head_dim).unwrap_or_default();
-        let (kernel, threads, shared) = match plan.variant {
-            Variant::Prefill => (
+        let (kernel, config) = match way {
+            Way::Prefill { .. } => (
                 &self.attention.prefill[by_dtype][e4m3][dim],
-                abi::HKV_PREFILL_THREADS,
-                abi::HKV_PREFILL_SHARED_BYTES,
+                LaunchConfig::linear(ctas, abi::HKV_PREFILL_THREADS)
+                    .with_shared(abi::HKV_PREFILL_SHARED_BYTES),
             ),
-            decode => {
-                let rows_16 = decode == Variant::Decode16;
-                (
-                    &self.attention.decode[by_dtype][e4m3][dim][usize::from(rows_16)],
-                    abi::HKV_DECODE_THREADS,
-                    decode_shared_bytes(&shape, if rows_16 { 16 } else { 8 }),
-                )
+            Way::Decode { rows, .. } => {
+                let mut config = LaunchConfig::linear(ctas, abi::HKV_DECODE_THREADS)
+                    .with_shared(decode_shared_bytes(&shape, rows));
+                if self.device.info().compute_capability >= (9, 0) {
+                    config = config.with_overlap();
+                }
+                (&self.attention.decode[by_dtype][e4m3][dim][usize::from(rows == 16)], config)
             }
         };
-        let config = LaunchConfig::linear(ctas, threads).with_shared(shared);
         // SAFETY: runs when the stream gets to it, while the caller's promise holds.
         let on_cpu =
             move |p: &_| unsafe { cpu::attention(p, dtype, shape.dtype, shape.head_dim as usize) };
         // SAFETY: the parameters are those of the kernel; memory is the caller's promise.
         unsafe { self.launch(kernel, config, &params, stream, on_cpu)? };
-        if plan.splits == 1 {
+        if params.num_splits == 1 {
             return Ok(());
         }
         let merge = args.merge_params(&params);
@@ -438,14 +340,28 @@ impl Kernels {
 }
 
 impl AttentionArgs {
-    /// Bytes of the partial states of all rows, in `splits` parts: none when there is one.
-    fn workspace_bytes(&self, splits: u32) -> u64 {
-        let rows = u64::from(self.num_tokens) * u64::from(self.num_qo_heads);
-        if splits == 1 { 0 } else { u64::from(splits) * rows * state_bytes(self.kv.shape.head_dim) }
+    /// Query heads per KV head.
+    fn group(&self) -> u32 {
+        self.num_qo_heads / self.kv.shape.num_kv_heads.max(1)
+    }
+
+    /// The kernel for these arguments.
+    pub(super) fn variant(&self) -> Variant {
+        Variant::of(self.max_q_len, self.group(), self.kv.shape.head_dim)
+    }
+
+    /// What decides how they are dealt to CTAs.
+    pub(super) fn bounds(&self) -> Bounds {
+        Bounds {
+            num_seqs: self.num_seqs,
+            num_kv_heads: self.kv.shape.num_kv_heads,
+            max_kv_len: self.max_kv_len,
+            kv_bytes: self.kv.shape.dtype.bytes() as u32,
+        }
     }
 
     /// Checks what chooses the kernel and sizes the workspace.
-    fn check_shape(&self) -> Result<()> {
+    pub(super) fn check_shape(&self) -> Result<()> {
         let shape = &self.kv.shape;
         checks::dtypes(OP, "queries", self.dtype, shape.dtype)?;
         if self.tree_mask.is_some() && self.max_q_len > MAX_TREE_TOKENS {
@@ -523,7 +439,7 @@ impl AttentionArgs {
         if rows == 0 {
             return Err(Error::invalid(OP, "num_groups is 0"));
         }
-        let states = u64::from(self.num_tokens) * u64::from(self.num_qo_heads);
+        let states = self.state_rows();
         self.qo_indptr.check(OP, "qo_indptr", (seqs + 1) * 4, 4)?;
         self.kv_len.check(OP, "kv_len", seqs * 4, 4)?;
         self.tables.block_ids.check(OP, "block_ids", 0, 4)?;
@@ -543,11 +459,21 @@ impl AttentionArgs {
         Ok(())
     }
 
-    /// The parameter block; partial states lie in the workspace, outputs before LSE.
-    fn params(&self, splits: u32) -> hkv_attention_params {
-        let rows = u64::from(self.num_tokens) * u64::from(self.num_qo_heads);
-        let outputs = u64::from(splits) * rows * u64::from(self.kv.shape.head_dim) * 4;
-        let partial = |offset| if splits == 1 { 0 } else { self.workspace.address + offset };
+    /// Rows of query tokens and heads.
+    fn state_rows(&self) -> u64 {
+        u64::from(self.num_tokens) * u64::from(self.num_qo_heads)
+    }
+
+    /// The parameter block. Partial states lie in the workspace, those of a prefill outputs before LSE.
+    fn params(&self, way: &Way) -> hkv_attention_params {
+        let (num_splits, plan, is_cut) = match way {
+            Way::Decode { list, .. } => (1, self.plan, list.cut_parts > 0),
+            Way::Prefill { splits, .. } => (*splits, None, *splits > 1),
+        };
+        let outputs = self.state_rows() * u64::from(self.kv.shape.head_dim) * 4;
+        let partial_out = if is_cut { self.workspace.address } else { 0 };
+        let partial_lse =
+            if num_splits > 1 { partial_out + u64::from(num_splits) * outputs } else { 0 };
         let address = |span: Option<Span>| span.map_or(0, |span| span.address);
         let strides = &self.kv.strides;
         let scales = self.kv.scales;
@@ -568,8 +494,10 @@ impl AttentionArgs {
             k_scale: address(scales.map(|scales| scales.k)) as *const _,
             v_scale: address(scales.map(|scales| scales.v)) as *const _,
             tree_mask: address(self.tree_mask) as *const _,
-            partial_out: partial(0) as *mut _,
-            partial_lse: partial(outputs) as *mut _,
+            parts: plan.map_or(0, |plan| plan.memory.address) as *const _,
+            arrivals: plan.map_or(0, |plan| plan.arrivals()) as *mut _,
+            partial_out: partial_out as *mut _,
+            partial_lse: partial_lse as *mut _,
             q_stride_token: self.q_strides.token,
             q_stride_head: self.q_strides.head,
             out_stride_token: self.out_strides.token,
@@ -588,7 +516,8 @@ impl AttentionArgs {
             num_qo_heads: self.num_qo_heads as i32,
             num_kv_heads: self.kv.shape.num_kv_heads as i32,
             block_shift: self.kv.block_size.trailing_zeros() as i32,
-            num_splits: splits as i32,
+            num_splits: num_splits as i32,
+            reads_early: plan.is_some_and(|plan| plan.reads_early).into(),
             sm_scale: self.sm_scale,
             logits_soft_cap: self.logits_soft_cap,
         }
@@ -612,44 +541,6 @@ impl AttentionArgs {
             head_dim: self.kv.shape.head_dim as i32,
             in_dtype: Dtype::F32.code() as i32,
             out_dtype: self.dtype.code() as i32,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn decode_splits_fill_the_device_without_crumbs() {
-        // (items, keys) -> splits on 132 multiprocessors
-        for (items, keys, splits) in [
-            (512, 8192, 1),
-            (8, 131_072, 16),
-            (8, 1024, 8),
-            (1, 8192, 64),
-            (16, 32_768, 8),
-            (1, 0, 1),
-            (1, 10_485_760, 132),
-            (2048, 1_048_576, 2),
-            (1 << 20, 1 << 20, 1),
-        ] {
-            assert_eq!(decode_splits(items, keys, 132), splits, "{items} items of {keys} keys");
-        }
-    }
-
-    #[test]
-    fn prefill_splits_even_out_the_waves() {
-        // (items, keys, most) -> splits on 264 CTAs at a time
-        for (items, keys, most, splits) in [
-            (2048, 8192, 64, 1),   // many waves: nothing to gain
-            (64, 131_072, 64, 4),  // a short chunk over a long context fills the device
-            (320, 131_072, 64, 4), // 1.2 waves take as long as 2, 4.8 as 5
-            (320, 131_072, 3, 3),
-            (8, 64, 64, 1),
-        ] {
-            let found = prefill_splits(items, keys, 264, most);
-            assert_eq!(found, splits, "{items} items of {keys} keys, at most {most}");
         }
     }
 }

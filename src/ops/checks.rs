@@ -6,8 +6,9 @@
 //! those tables and validate them: for debugging and tests, since it blocks and cannot be captured. The
 //! functions below do the validation, for hosts that have the tables at hand anyway.
 
+use super::plan::{Plan, check_work_list};
 use super::{AppendArgs, AttentionArgs, Kernels, MoveArgs};
-use crate::abi::{self, hkv_copy, hkv_window};
+use crate::abi::{self, hkv_copy, hkv_part, hkv_window};
 use crate::device::{Span, StreamRef};
 use crate::error::{Error, Result};
 use crate::layout::{Dtype, KvView};
@@ -325,6 +326,41 @@ pub(super) unsafe fn attention(args: &AttentionArgs, stream: StreamRef<'_>) -> R
     }
 }
 
+/// Downloads and validates a plan that `attention` will follow.
+///
+/// # Safety
+/// The plan is device memory of its length.
+pub(super) unsafe fn plan(plan: &Plan, stream: StreamRef<'_>) -> Result<()> {
+    // SAFETY: the caller's promise; the launcher has checked the length of the plan.
+    let words: Vec<[i32; 2]> =
+        unsafe { download(plan.memory, 0, plan.list.num_parts.into(), stream)? };
+    let list: Vec<hkv_part> = words
+        .iter()
+        .map(|&[seq, part]| hkv_part { seq, index: part as i16, count: (part >> 16) as i16 })
+        .collect();
+    check_work_list(&list, plan.list.num_seqs)?;
+    let cut = list.iter().filter(|part| part.count > 1).count() as u64;
+    if cut > u64::from(plan.list.cut_parts) {
+        let most = plan.list.cut_parts;
+        let message = format!("the plan has {cut} parts of cut sequences, and room for {most}");
+        return Err(Error::invalid("attention", message));
+    }
+    let bytes = cut * u64::from(plan.list.num_kv_heads) * size_of::<i32>() as u64;
+    let counters = Span::new(plan.arrivals(), bytes);
+    // SAFETY: as above.
+    let arrivals: Vec<i32> = unsafe { download(counters, 0, counters.bytes / 4, stream)? };
+    match arrivals.iter().position(|&count| count != 0) {
+        None => Ok(()),
+        Some(at) => {
+            let message = format!(
+                "counter {at} of the plan is {}, not 0: a launch is using it, or one failed: plan anew",
+                arrivals[at]
+            );
+            Err(Error::invalid("attention", message))
+        }
+    }
+}
+
 /// Downloads and validates the table of `move_blocks`.
 ///
 /// # Safety
@@ -377,14 +413,15 @@ fn slots_of(kv: &KvView) -> Result<i64> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use bytemuck::Zeroable;
 
     use super::*;
     use crate::layout::{Dtype, KvShape, KvStrides};
     use crate::ops::{BlockTables, HeadStrides, WindowTable};
 
-    fn args() -> AttentionArgs {
+    /// A batch of two sequences, of no memory.
+    pub(crate) fn args() -> AttentionArgs {
         let none = Span::default();
         let strides = HeadStrides::contiguous(1, 64);
         AttentionArgs {
@@ -416,6 +453,7 @@ mod tests {
             layer: 0,
             sink_logits: None,
             tree_mask: None,
+            plan: None,
             num_qo_heads: 1,
             num_seqs: 2,
             num_tokens: 9,

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use super::plan::{Lengths, work_list};
 use crate::abi;
 use crate::e4m3;
 use crate::layout::Dtype;
@@ -81,7 +82,8 @@ fn quantise(row: &[f64], target: &mut [u8], scale: &mut f32, compute: bool) {
     e4m3::quantise(&row, *scale, target);
 }
 
-/// Attention of a batch over one layer; partial states when `num_splits` is more than 1.
+/// Attention of a batch over one layer; partial states when `num_splits` is more than 1. Who does what on a
+/// GPU, the work list of a decode, is all the same here.
 ///
 /// # Safety
 /// Every address in `p` is valid for what abi/params.h says that the kernel reads or writes there, with
@@ -116,6 +118,30 @@ pub(crate) unsafe fn attention(
             });
         }
     });
+}
+
+/// Makes the work lists of `classes` classes.
+///
+/// # Safety
+/// Every address in `p` is valid for what abi/params.h says that the kernel reads or writes there.
+pub(crate) unsafe fn plan(p: &abi::hkv_plan_params, classes: usize) {
+    // SAFETY: the caller vouches for every address in `p`; the offsets follow abi/params.h.
+    unsafe {
+        let batch: Vec<Lengths> = (0..p.num_seqs as isize)
+            .map(|seq| Lengths {
+                q_len: i64::from(*p.qo_indptr.offset(seq + 1))
+                    - i64::from(*p.qo_indptr.offset(seq)),
+                kv_len: (*p.kv_len.offset(seq)).into(),
+            })
+            .collect();
+        for class in &p.classes[..classes] {
+            let window = &*p.windows.offset(class.layer as isize);
+            let list = work_list(class, window, &batch);
+            std::ptr::copy_nonoverlapping(list.as_ptr(), class.parts, list.len());
+            let cut = list.iter().filter(|part| part.count > 1).count();
+            class.arrivals.write_bytes(0, cut * class.num_kv_heads as usize);
+        }
+    }
 }
 
 /// Merges partial states of the same rows.
@@ -546,6 +572,8 @@ mod tests {
                 k_scale: std::ptr::null(),
                 v_scale: std::ptr::null(),
                 tree_mask: std::ptr::null(),
+                parts: std::ptr::null(),
+                arrivals: std::ptr::null_mut(),
                 partial_out: partial_out.as_mut_ptr(),
                 partial_lse: partial_lse.as_mut_ptr(),
                 q_stride_token: i64::from(heads) * DIM as i64,
@@ -567,6 +595,7 @@ mod tests {
                 num_kv_heads: kv_heads,
                 block_shift: BLOCK.trailing_zeros() as i32,
                 num_splits,
+                reads_early: 0,
                 sm_scale: 1.5,
                 logits_soft_cap: 0.0,
             };

@@ -11,18 +11,24 @@ mod checks;
 mod cpu;
 mod merge;
 mod movement;
+mod plan;
 mod read;
+mod split;
+mod strides;
 pub mod synthetic;
 
 use std::fmt;
 
 pub use append::AppendArgs;
-pub use attention::{AttentionArgs, BlockTables, HeadStrides, WindowTable};
+pub use attention::{AttentionArgs, BlockTables, WindowTable};
 pub use checks::{
     AttentionTables, check_attention_tables, check_copies, check_slots, check_window,
 };
 pub use merge::MergeArgs;
 pub use movement::{CtaQuota, MoveArgs};
+pub use plan::{Plan, PlanArgs, check_work_list};
+pub(crate) use split::WorkList;
+pub use strides::HeadStrides;
 
 use crate::device::cuda::{self, LaunchConfig};
 use crate::device::{Device, StreamRef};
@@ -39,6 +45,7 @@ pub struct Kernels {
     attention: attention::Loaded,
     merge: merge::Loaded,
     movement: movement::Loaded,
+    plan: plan::Loaded,
     synthetic: synthetic::Loaded,
     read: read::Loaded,
     /// Images of the kernels above (none on the CPU device).
@@ -64,6 +71,7 @@ impl Kernels {
             attention: attention::Loaded::load(&mut loader)?,
             merge: merge::Loaded::load(&mut loader)?,
             movement: movement::Loaded::load(&mut loader)?,
+            plan: plan::Loaded::load(&mut loader)?,
             synthetic: synthetic::Loaded::load(&mut loader)?,
             read: read::Loaded::load(&mut loader)?,
             _libraries: loader.libraries,

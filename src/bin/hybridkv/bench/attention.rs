@@ -3,7 +3,9 @@
 use hybridkv::device::{DeviceBuffer, Span, StreamRef};
 use hybridkv::error::{Error, ErrorKind, Result};
 use hybridkv::layout::{Dtype, KvScales, KvStrides, KvView};
-use hybridkv::ops::{AttentionArgs, BlockTables, HeadStrides, Kernels, WindowTable};
+use hybridkv::ops::{
+    AttentionArgs, BlockTables, HeadStrides, Kernels, Plan, PlanArgs, WindowTable,
+};
 use hybridkv::spec::{LayerGroup, ModelSpec};
 
 use super::suites::{AttentionShape, first_visible};
@@ -68,6 +70,9 @@ pub struct Attention<'a> {
     kernels: &'a Kernels,
     /// One launch per layer.
     calls: Vec<AttentionArgs>,
+    /// One layer of each group, and memory for their plans.
+    classes: Vec<AttentionArgs>,
+    plans: DeviceBuffer,
     layers_per_round: usize,
     /// One output per layer of a round.
     out: DeviceBuffer,
@@ -163,6 +168,7 @@ impl<'a> Attention<'a> {
                 layer: layer as u32,
                 sink_logits: model.sink_logits.then_some(sinks),
                 tree_mask: None,
+                plan: None,
                 num_qo_heads: model.num_qo_heads,
                 num_seqs: seqs as u32,
                 num_tokens: tokens as u32,
@@ -181,6 +187,17 @@ impl<'a> Attention<'a> {
         groups.sort_by_key(|&(layer, _)| layer);
         let mut calls = groups.into_iter().map(call).collect::<Result<Vec<_>>>()?;
 
+        // Layers of a group are of one window class.
+        let first = |group: &LayerGroup| calls[group.layers[0] as usize];
+        let classes: Vec<AttentionArgs> = plan.groups.iter().map(first).collect();
+        let mut plan_args =
+            PlanArgs { classes: &classes, batch_invariant: false, memory: Span::default() };
+        let plans = device.alloc(kernels.plan_bytes(&plan_args)? as usize)?;
+        plan_args.memory = plans.span();
+        for (class, group) in plan.groups.iter().enumerate() {
+            let plan = kernels.planned(&plan_args, class)?;
+            group.layers.iter().for_each(|&layer| calls[layer as usize].plan = plan);
+        }
         let mut workspace_bytes = 0;
         for args in &calls {
             workspace_bytes = workspace_bytes.max(kernels.attention_workspace_bytes(args)?);
@@ -192,7 +209,20 @@ impl<'a> Attention<'a> {
         let mut buffers = Vec::from(buffers);
         buffers.extend([pool, workspace]);
         let layers_per_round = batch.layers_per_round;
-        Ok(Some(Self { kernels, calls, layers_per_round, out, _buffers: buffers }))
+        let work =
+            Self { kernels, calls, classes, plans, layers_per_round, out, _buffers: buffers };
+        let stream = device.stream()?;
+        work.plan(stream.as_ref())?;
+        stream.as_ref().synchronize()?;
+        Ok(Some(work))
+    }
+
+    /// Submits the plan of the batch.
+    fn plan(&self, stream: StreamRef<'_>) -> Result<()> {
+        let memory = self.plans.span();
+        let args = PlanArgs { classes: &self.classes, batch_invariant: false, memory };
+        // SAFETY: the buffers live as long as `self`, and `measure` waits before it returns.
+        unsafe { self.kernels.plan(&args, stream) }
     }
 
     /// Whether every element of the output was written, and with a number.
@@ -218,7 +248,18 @@ impl Workload for Attention<'_> {
 
     fn submit(&self, round: usize, stream: StreamRef<'_>) -> Result<()> {
         let calls = self.calls.chunks(self.layers_per_round).nth(round).unwrap_or_default();
-        // SAFETY: the buffers live as long as `self`, and `measure` waits before it returns.
-        calls.iter().try_for_each(|args| unsafe { self.kernels.attention(args, stream) })
+        // A whole step begins with its plan. A single layer is one of many that share one.
+        let whole_step = self.layers_per_round > 1;
+        if whole_step {
+            self.plan(stream)?;
+        }
+        for (index, args) in calls.iter().enumerate() {
+            let follows_plan = whole_step && index == 0;
+            let plan = args.plan.filter(|_| !follows_plan).map(Plan::early).or(args.plan);
+            // SAFETY: the buffers live as long as `self`, and `measure` waits before it returns. Attention of
+            // the layer before writes nothing that this one reads.
+            unsafe { self.kernels.attention(&AttentionArgs { plan, ..*args }, stream)? };
+        }
+        Ok(())
     }
 }

@@ -4,6 +4,7 @@
 
 mod attention;
 mod manager;
+mod planning;
 mod suites;
 mod timing;
 mod workload;
@@ -20,7 +21,8 @@ use crate::open_device;
 use crate::random::Rng;
 use crate::report::{Report, Row};
 use attention::{Attention, Batch, layers_beyond_l2};
-use suites::{AttentionCase, DECODE, FRAGMENTS, PREFILL, STEPS};
+use planning::Planning;
+use suites::{AttentionCase, DECODE, FRAGMENTS, PLANS, PREFILL, STEPS};
 use timing::{Timing, Workload, measure};
 use workload::{Arenas, Direction, EngineCopy, Move, Read};
 
@@ -121,6 +123,7 @@ impl Bench<'_> {
                 header();
                 self.attention(DECODE)?;
                 self.steps()?;
+                self.plans()?;
             }
             Suite::Prefill => {
                 self.memory_limits()?;
@@ -242,6 +245,19 @@ impl Bench<'_> {
                 ..Row::default()
             };
             self.add(row, timing);
+        }
+        Ok(())
+    }
+
+    /// What a step pays for planning.
+    fn plans(&mut self) -> Result<()> {
+        let filter = self.filter;
+        for case in PLANS.iter().filter(|case| case.name().contains(filter)) {
+            let work = Planning::new(self.kernels, &case.model(), &case.lengths())?;
+            let timing = self.measure(&work)?;
+            let goal = case.goal.filter(|_| self.device.is_cuda());
+            let (case, unit) = (case.name(), "us".to_owned());
+            self.add(Row { case, ours: timing.us, unit, goal, ..Row::default() }, timing);
         }
         Ok(())
     }

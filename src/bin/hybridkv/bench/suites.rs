@@ -320,6 +320,38 @@ pub const STEPS: &[StepCase] = &[
     step("gpt-oss", "gpt-oss-120b", 1, Dtype::Bf16, (64, 8 * K)),
 ];
 
+/// Planning of a decode batch of two window classes, full and chunked.
+#[derive(Debug, Clone, Copy)]
+pub struct PlanCase {
+    /// Sequences.
+    pub seqs: usize,
+    /// Microseconds on an H100 or H200.
+    pub goal: Option<f64>,
+}
+
+impl PlanCase {
+    /// `plan/<sequences>x<classes>`.
+    pub fn name(&self) -> String {
+        format!("plan/{}x2", self.seqs)
+    }
+
+    /// A Llama-4-Scout layer of either kind on one of 8 ranks.
+    pub fn model(&self) -> ModelSpec {
+        let kinds = [Full, Chunked { chunk: 8192 }];
+        let layer = |kind| AttentionShape { kind, ..SCOUT }.layer();
+        ModelSpec { layers: kinds.map(layer).to_vec(), ..SCOUT.model(0) }
+    }
+
+    /// Tokens of every sequence: one in 16 is long.
+    pub fn lengths(&self) -> Vec<usize> {
+        (0..self.seqs).map(|seq| if seq % 16 == 0 { 8 * K } else { 64 + seq % 64 }).collect()
+    }
+}
+
+/// Planning.
+pub const PLANS: &[PlanCase] =
+    &[PlanCase { seqs: 256, goal: Some(4.0) }, PlanCase { seqs: 4096, goal: None }];
+
 /// One size of fragments.
 pub struct Fragment {
     /// Bytes.

@@ -3,12 +3,13 @@
 
 use std::sync::Arc;
 
+use hybridkv::abi::HKV_PLAN_MAX_CLASSES;
 use hybridkv::device::{Device, DeviceBuffer, Event, Span, StreamRef};
 use hybridkv::engine::{Batch, Engine, SeqSlice};
 use hybridkv::error::{Error, Result};
 use hybridkv::layout::{Dtype, KvShape, KvView};
 use hybridkv::ops::synthetic::{SyntheticArgs, splitmix64};
-use hybridkv::ops::{AppendArgs, AttentionArgs, HeadStrides, Kernels, WindowTable};
+use hybridkv::ops::{AppendArgs, AttentionArgs, HeadStrides, Kernels, Plan, PlanArgs, WindowTable};
 use hybridkv::spec::{AttentionKind, GroupPlan, ModelSpec};
 
 use super::content::Content;
@@ -68,7 +69,8 @@ pub struct Model {
     groups: Vec<u32>,
     /// Type of queries, outputs and new keys and values.
     dtype: Dtype,
-    /// Per group.
+    /// Per group: a layer of it, and its view.
+    first_layers: Vec<u32>,
     views: Vec<KvView>,
     /// What the views' shared scales lie in.
     _scales: Vec<DeviceBuffer>,
@@ -80,6 +82,7 @@ pub struct Model {
     v_new: DeviceBuffer,
     out: DeviceBuffer,
     workspace: DeviceBuffer,
+    plans: DeviceBuffer,
 }
 
 impl Model {
@@ -133,6 +136,8 @@ impl Model {
             v_new: device.alloc(kv)?,
             out: device.alloc(qo)?,
             workspace: device.alloc(0)?,
+            plans: device.alloc(0)?,
+            first_layers: plan.groups.iter().map(|group| group.layers[0]).collect(),
             groups,
             spec: spec.clone(),
             kernels,
@@ -153,14 +158,12 @@ impl Model {
         mut after_layer: impl FnMut(u32, Span) -> Result<()>,
     ) -> Result<()> {
         let num_layers = self.spec.layers.len() as u32;
-        let windows = WindowTable { rows: self.windows.span(), num_layers };
+        let plans = self.plan(batch, reaches, compute)?;
         for layer in 0..num_layers {
             let group = self.groups[layer as usize] as usize;
             before_layer(layer, group)?;
             let shape = self.spec.layers[layer as usize].shape;
-            let num_qo_heads = self.spec.num_qo_heads;
             let kv_strides = HeadStrides::contiguous(shape.num_kv_heads, shape.head_dim);
-            let qo_strides = HeadStrides::contiguous(num_qo_heads, shape.head_dim);
             let synthetic = SyntheticArgs {
                 hashes: batch.payload,
                 distribution: self.distribution.span(),
@@ -168,7 +171,7 @@ impl Model {
                 k_new: self.k_new.span(),
                 v_new: self.v_new.span(),
                 shape: KvShape { dtype: self.dtype, ..shape },
-                num_qo_heads,
+                num_qo_heads: self.spec.num_qo_heads,
                 layer,
                 num_tokens: batch.num_tokens,
             };
@@ -180,34 +183,13 @@ impl Model {
                 kv: self.views[group],
                 slot_mapping: batch.slot_mapping,
                 num_groups: batch.tables.num_groups,
-                windows,
+                windows: self.window_table(),
                 layer,
                 num_tokens: batch.num_tokens,
             };
-            let mut attention = AttentionArgs {
-                q: self.q.span(),
-                q_strides: qo_strides,
-                out: self.out.span(),
-                out_strides: qo_strides,
-                dtype: self.dtype,
-                lse: None,
-                kv: self.views[group],
-                qo_indptr: batch.qo_indptr,
-                kv_len: batch.kv_len,
-                tables: batch.tables,
-                windows,
-                layer,
-                sink_logits: self.sink_logits.as_ref().map(|logits| logits.span()),
-                tree_mask: None,
-                num_qo_heads,
-                num_seqs: batch.num_seqs,
-                num_tokens: batch.num_tokens,
-                max_q_len: batch.max_q_len,
-                max_kv_len: reaches[group].max_kv_len,
-                sm_scale: self.spec.sm_scale,
-                logits_soft_cap: self.spec.logits_soft_cap,
-                workspace: self.workspace.span(),
-            };
+            let mut attention = self.attention(batch, reaches, layer);
+            // Attention follows `append`, which writes the keys and values of this step's tokens.
+            attention.plan = plans[group].map(Plan::early);
             let needed = self.kernels.attention_workspace_bytes(&attention)? as usize;
             if needed > self.workspace.len() {
                 // The old workspace goes once the device is done with it.
@@ -231,6 +213,74 @@ impl Model {
             after_layer(layer, self.out.span())?;
         }
         Ok(())
+    }
+
+    /// Submits the plan of the decode work of one step; gives each group's.
+    fn plan(
+        &mut self,
+        batch: &Batch,
+        reaches: &[Reach],
+        compute: StreamRef<'_>,
+    ) -> Result<Vec<Option<Plan>>> {
+        let classes: Vec<AttentionArgs> =
+            self.first_layers.iter().map(|&layer| self.attention(batch, reaches, layer)).collect();
+        let plan_args = |classes, memory| PlanArgs { classes, batch_invariant: false, memory };
+        let mut bytes = Vec::new();
+        for classes in classes.chunks(HKV_PLAN_MAX_CLASSES as usize) {
+            bytes.push(self.kernels.plan_bytes(&plan_args(classes, Span::default()))?);
+        }
+        let needed = bytes.iter().sum::<u64>() as usize;
+        if needed > self.plans.len() {
+            self.plans = self.kernels.device().alloc(needed.next_power_of_two())?;
+        }
+        let mut memory = self.plans.span();
+        let mut plans = Vec::new();
+        for (classes, bytes) in classes.chunks(HKV_PLAN_MAX_CLASSES as usize).zip(bytes) {
+            let args = plan_args(classes, memory);
+            // SAFETY: the batch and the memory live as long as attention's; `compute` orders everything.
+            unsafe { self.kernels.plan(&args, compute)? };
+            for class in 0..classes.len() {
+                plans.push(self.kernels.planned(&args, class)?);
+            }
+            memory = Span::new(memory.address + bytes, memory.bytes - bytes);
+        }
+        Ok(plans)
+    }
+
+    fn window_table(&self) -> WindowTable {
+        WindowTable { rows: self.windows.span(), num_layers: self.spec.layers.len() as u32 }
+    }
+
+    /// The arguments of attention in one layer, without a plan.
+    fn attention(&self, batch: &Batch, reaches: &[Reach], layer: u32) -> AttentionArgs {
+        let group = self.groups[layer as usize] as usize;
+        let shape = self.spec.layers[layer as usize].shape;
+        let strides = HeadStrides::contiguous(self.spec.num_qo_heads, shape.head_dim);
+        AttentionArgs {
+            q: self.q.span(),
+            q_strides: strides,
+            out: self.out.span(),
+            out_strides: strides,
+            dtype: self.dtype,
+            lse: None,
+            kv: self.views[group],
+            qo_indptr: batch.qo_indptr,
+            kv_len: batch.kv_len,
+            tables: batch.tables,
+            windows: self.window_table(),
+            layer,
+            sink_logits: self.sink_logits.as_ref().map(|logits| logits.span()),
+            tree_mask: None,
+            plan: None,
+            num_qo_heads: self.spec.num_qo_heads,
+            num_seqs: batch.num_seqs,
+            num_tokens: batch.num_tokens,
+            max_q_len: batch.max_q_len,
+            max_kv_len: reaches[group].max_kv_len,
+            sm_scale: self.spec.sm_scale,
+            logits_soft_cap: self.spec.logits_soft_cap,
+            workspace: self.workspace.span(),
+        }
     }
 }
 

@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use hybridkv::abi::{self, hkv_window};
 use hybridkv::device::cuda::Graph;
-use hybridkv::device::{DeviceBuffer, Span};
+use hybridkv::device::{DeviceBuffer, Span, StreamRef};
 use hybridkv::e4m3;
 use hybridkv::error::Result;
 use hybridkv::layout::{KvScales, KvShape, KvStrides, KvView};
-use hybridkv::ops::{AttentionArgs, BlockTables, HeadStrides, WindowTable};
+use hybridkv::ops::{self, AttentionArgs, BlockTables, HeadStrides, PlanArgs, WindowTable};
 use hybridkv::reference::{self, Logits, State};
 use hybridkv::spec::AttentionKind;
 
@@ -18,7 +18,7 @@ use super::bed::{
     Bed, Elements, Fault, GUARD, Outcome, POISON, POISON_F32, decode, encode, floor, stray,
     tolerance,
 };
-use super::case::{Case, Data, PoolShape, Scales, Seq};
+use super::case::{Case, Data, Planned, PoolShape, Scales, Seq};
 use crate::random::Rng;
 
 /// Groups in every table: that of the layer, and others with nothing but garbage.
@@ -36,12 +36,20 @@ pub fn run(bed: &Bed, case: &Case, rng: &mut Rng) -> Result<Outcome> {
     let buffers = Buffers::new(bed, case, &plan, &problems)?;
     let args = buffers.args(case, &plan, &problems);
     let mut outcome = Outcome::default();
+    if case.planned == Planned::Stale {
+        buffers.plan(bed, case, &args, bed.stream.as_ref())?;
+    }
+    let submit = |stream: StreamRef<'_>| -> Result<()> {
+        if matches!(case.planned, Planned::Always | Planned::ByLength) {
+            buffers.plan(bed, case, &args, stream)?;
+        }
+        // SAFETY: the buffers are filled before it runs, and outlive every launch. An early plan is a stale one:
+        // nothing but copies comes before it.
+        unsafe { bed.kernels.attention(&args, stream) }
+    };
     let graph = if problems.len() > 1 {
         // Capturing runs nothing, so that the arrays need not hold anything yet.
-        Some(Graph::capture(bed.stream.as_ref(), |stream| {
-            // SAFETY: the buffers outlive every launch of the graph.
-            unsafe { bed.kernels.attention(&args, stream) }
-        })?)
+        Some(Graph::capture(bed.stream.as_ref(), submit)?)
     } else {
         None
     };
@@ -52,7 +60,7 @@ pub fn run(bed: &Bed, case: &Case, rng: &mut Rng) -> Result<Outcome> {
         unsafe {
             match &graph {
                 Some(graph) => graph.launch(stream)?,
-                None => bed.kernels.attention(&args, stream)?,
+                None => submit(stream)?,
             }
             if bed.fault == Some(Fault::Stray) {
                 stream.fill(buffers.out.address() + 2 * (GUARD as u64 - 1), 0, 2)?;
@@ -60,6 +68,25 @@ pub fn run(bed: &Bed, case: &Case, rng: &mut Rng) -> Result<Outcome> {
         }
         stream.synchronize()?;
         buffers.check(case, &plan, problem, rng, &mut outcome)?;
+        if case.planned == Planned::ByLength && graph.is_none() {
+            let alone = rng.below(problem.seqs.len() as u64) as usize;
+            let before: Vec<u16> = buffers.out.download()?;
+            let mut kv_len = vec![0; problem.seqs.len()];
+            kv_len[alone] = problem.kv_len[alone];
+            bed.write(&buffers.kv_len, &kv_len)?;
+            submit(stream)?;
+            stream.synchronize()?;
+            let after: Vec<u16> = buffers.out.download()?;
+            let rows = problem.qo_indptr[alone] as usize..problem.qo_indptr[alone + 1] as usize;
+            for (token, head) in rows.flat_map(|t| (0..case.qo_heads()).map(move |h| (t, h))) {
+                let at = GUARD + row_index(plan.out_strides, token, head);
+                if before[at..at + case.head_dim] != after[at..at + case.head_dim] {
+                    outcome.fail(format!(
+                        "token {token}, head {head} has other bits when its sequence is alone"
+                    ));
+                }
+            }
+        }
     }
     Ok(outcome)
 }
@@ -400,6 +427,10 @@ impl Problem {
     }
 }
 
+fn plan_args(classes: &[AttentionArgs], planned: Planned, memory: Span) -> PlanArgs<'_> {
+    PlanArgs { classes, batch_invariant: planned == Planned::ByLength, memory }
+}
+
 /// Element index of a row of q or out, guards not counted.
 fn row_index(strides: HeadStrides, token: usize, head: usize) -> usize {
     token * strides.token as usize + head * strides.head as usize
@@ -429,6 +460,10 @@ struct Buffers {
     windows: DeviceBuffer,
     sink_logits: DeviceBuffer,
     workspace: DeviceBuffer,
+    /// Of other batches than these: what a stale plan is made for.
+    other_kv_len: DeviceBuffer,
+    plans: DeviceBuffer,
+    plan: Option<ops::Plan>,
     tokens: usize,
 }
 
@@ -437,6 +472,8 @@ impl Buffers {
         let most = |size: &dyn Fn(&Problem) -> usize| problems.iter().map(size).max().unwrap_or(0);
         let tokens = most(&|p| p.tokens());
         let sequences = problems.first().map_or(0, |p| p.seqs.len());
+        let other_kv_len: Vec<i32> =
+            (0..sequences).map(|seq| [90_000, 0, 1, 3000][seq % 4]).collect();
         let out = plan_elements(case, plan.out_strides, tokens) + 2 * GUARD;
         let mut buffers = Self {
             q: bed.room::<u16>(plan_elements(case, plan.q_strides, tokens))?,
@@ -453,8 +490,23 @@ impl Buffers {
             windows: bed.device.upload(&plan.windows)?,
             sink_logits: bed.device.upload(&plan.sink_logits)?,
             workspace: bed.room::<u8>(0)?,
+            other_kv_len: bed.device.upload(&other_kv_len)?,
+            plans: bed.room::<u8>(0)?,
+            plan: None,
             tokens,
         };
+        if case.planned != Planned::No {
+            let class = [buffers.class(&buffers.args(case, plan, problems), case.planned)];
+            let mut args = plan_args(&class, case.planned, Span::default());
+            let bytes = bed.kernels.plan_bytes(&args)? as usize;
+            // What a plan leaves out must not be read.
+            buffers.plans = bed.device.upload(&vec![POISON as u8; bytes])?;
+            args.memory = buffers.plans.span();
+            buffers.plan = bed.kernels.planned(&args, 0)?;
+        }
+        if case.planned == Planned::Stale {
+            buffers.plan = buffers.plan.map(ops::Plan::early);
+        }
         let bytes = bed.kernels.attention_workspace_bytes(&buffers.args(case, plan, problems))?;
         buffers.workspace = bed.device.alloc(bytes as usize)?;
         // SAFETY: the buffer lives until the stream is synchronised after the kernel.
@@ -466,6 +518,27 @@ impl Buffers {
             )?;
         }
         Ok(buffers)
+    }
+
+    /// The arguments to plan for.
+    fn class(&self, args: &AttentionArgs, planned: Planned) -> AttentionArgs {
+        let stale = planned == Planned::Stale;
+        let kv_len = if stale { self.other_kv_len.span() } else { args.kv_len };
+        AttentionArgs { kv_len, ..*args }
+    }
+
+    /// Submits the plan of the batch that the buffers hold.
+    fn plan(
+        &self,
+        bed: &Bed,
+        case: &Case,
+        args: &AttentionArgs,
+        stream: StreamRef<'_>,
+    ) -> Result<()> {
+        let class = [self.class(args, case.planned)];
+        let args = plan_args(&class, case.planned, self.plans.span());
+        // SAFETY: the buffers outlive every launch.
+        unsafe { bed.kernels.plan(&args, stream) }
     }
 
     fn args(&self, case: &Case, plan: &Plan, problems: &[Problem]) -> AttentionArgs {
@@ -522,6 +595,7 @@ impl Buffers {
             layer: plan.layer as u32,
             sink_logits: case.sink_logits.then(|| self.sink_logits.span()),
             tree_mask: case.tree.then(|| self.tree_mask.span()),
+            plan: self.plan,
             num_qo_heads: case.qo_heads() as u32,
             num_seqs: most(&|p| p.seqs.len()),
             num_tokens: self.tokens as u32,

@@ -144,6 +144,19 @@ pub enum Data {
     Outlier,
 }
 
+/// How a decode batch is planned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Planned {
+    /// Not at all.
+    No,
+    /// Before every launch, and in every graph.
+    Always,
+    /// The same, every sequence by its own length.
+    ByLength,
+    /// Once, for other lengths.
+    Stale,
+}
+
 /// New and total tokens of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seq {
@@ -195,6 +208,8 @@ pub struct Case {
     pub trimmed: bool,
     /// What the keys are.
     pub data: Data,
+    /// How the batches are planned.
+    pub planned: Planned,
     /// The sequences; more than one batch: captured in a graph once, replayed with each.
     pub batches: Vec<Vec<Seq>>,
 }
@@ -212,8 +227,6 @@ pub struct Scale {
     pub work: usize,
     /// Whether graphs can be captured.
     pub graphs: bool,
-    /// Whether the device takes tree masks.
-    pub trees: bool,
 }
 
 impl Case {
@@ -265,6 +278,13 @@ impl Case {
                 Data::Equal,
                 Data::Outlier,
             ]),
+            planned: rng.pick(&[
+                Planned::No,
+                Planned::Always,
+                Planned::Always,
+                Planned::ByLength,
+                Planned::Stale,
+            ]),
             batches: Vec::new(),
         };
         if case.dtype == Dtype::Bf16 {
@@ -281,7 +301,7 @@ impl Case {
             _ => rng.range(101, scale.q_len.max(101)),
         }
         .min(scale.q_len);
-        case.tree = scale.trees && (2..=MAX_TREE_TOKENS).contains(&most_new) && rng.chance(40);
+        case.tree = (2..=MAX_TREE_TOKENS).contains(&most_new) && rng.chance(40);
         case.batches =
             (0..batches).map(|_| case.draw_batch(rng, scale, sequences, most_new)).collect();
         case
@@ -379,7 +399,8 @@ impl Case {
             AttentionKind::Chunked { .. } => "chunked",
         };
         let rows = self.batches.iter().flatten().map(|seq| seq.q_len).max().unwrap_or(0);
-        let what = if rows * self.group <= 16 { "decode" } else { "prefill" };
+        let most = if self.head_dim < 256 { 16 } else { 8 };
+        let what = if rows * self.group <= most { "decode" } else { "prefill" };
         let kv = if self.scales.is_some() { "/e4m3" } else { "" };
         format!("{what} {}{kv} d{} {kind}", self.dtype.name(), self.head_dim)
     }
@@ -420,6 +441,7 @@ impl fmt::Display for Case {
             (self.trimmed, " trimmed".to_owned()),
             (self.query_exponent != 0, format!(" q*2^{}", self.query_exponent)),
             (self.tree, " tree".to_owned()),
+            (self.planned != Planned::No, format!(" planned {:?}", self.planned)),
             (self.batches.len() > 1, " graph".to_owned()),
         ];
         flags.iter().filter(|(on, _)| *on).try_for_each(|(_, text)| f.write_str(text))

@@ -11,7 +11,7 @@ use hybridkv::device::{DeviceBuffer, Span};
 use hybridkv::e4m3;
 use hybridkv::error::Result;
 use hybridkv::layout::{Dtype, KvScales, KvShape, KvStrides, KvView};
-use hybridkv::ops::{AttentionArgs, BlockTables, HeadStrides, WindowTable};
+use hybridkv::ops::{AttentionArgs, BlockTables, HeadStrides, PlanArgs, WindowTable};
 use hybridkv::reference::{self, Logits, State};
 use hybridkv::spec::AttentionKind::{self, Chunked, Full, Sliding};
 
@@ -471,6 +471,7 @@ impl<'a> Problem<'a> {
             layer: 0,
             sink_logits: None,
             tree_mask: None,
+            plan: None,
             num_qo_heads: case.heads.0 as u32,
             num_seqs: self.seqs.len() as u32,
             num_tokens: tokens as u32,
@@ -480,10 +481,19 @@ impl<'a> Problem<'a> {
             logits_soft_cap: 0.0,
             workspace: Span::default(),
         };
+        let class = [args];
+        let mut plan =
+            PlanArgs { classes: &class, batch_invariant: false, memory: Span::default() };
+        let memory = bed.device.alloc(bed.kernels.plan_bytes(&plan)? as usize)?;
+        plan.memory = memory.span();
+        args.plan = bed.kernels.planned(&plan, 0)?;
         let workspace = bed.device.alloc(bed.kernels.attention_workspace_bytes(&args)? as usize)?;
         args.workspace = workspace.span();
         // SAFETY: all buffers live until the stream is synchronised.
-        unsafe { bed.kernels.attention(&args, bed.stream.as_ref())? };
+        unsafe {
+            bed.kernels.plan(&plan, bed.stream.as_ref())?;
+            bed.kernels.attention(&args, bed.stream.as_ref())?;
+        }
         bed.stream.as_ref().synchronize()?;
         self.check(&out.download()?, &lse.download()?, rng)
     }

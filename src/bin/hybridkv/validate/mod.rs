@@ -150,25 +150,13 @@ pub fn main(args: &Args) -> Result<ExitCode> {
 
 fn scale(on_gpu: bool, quick: bool) -> Scale {
     match (on_gpu, quick) {
-        (true, false) => Scale {
-            kv_len: 20_000,
-            q_len: 2_500,
-            pool: 12 << 20,
-            work: 0,
-            graphs: true,
-            trees: false,
-        },
-        (true, true) => {
-            Scale { kv_len: 700, q_len: 150, pool: 1 << 20, work: 0, graphs: true, trees: false }
+        (true, false) => {
+            Scale { kv_len: 20_000, q_len: 2_500, pool: 12 << 20, work: 0, graphs: true }
         }
-        (false, _) => Scale {
-            kv_len: 3_000,
-            q_len: 200,
-            pool: 1 << 20,
-            work: 10_000_000,
-            graphs: false,
-            trees: true,
-        },
+        (true, true) => Scale { kv_len: 700, q_len: 150, pool: 1 << 20, work: 0, graphs: true },
+        (false, _) => {
+            Scale { kv_len: 3_000, q_len: 200, pool: 1 << 20, work: 10_000_000, graphs: false }
+        }
     }
 }
 

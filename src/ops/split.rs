@@ -1,0 +1,262 @@
+//! How the work of attention is cut: which kernel, how many CTAs, how many parts of a sequence.
+//!
+//! Pure functions of shapes and of upper bounds on lengths, so that `plan` and `attention` come to the same
+//! answer and a captured launch replays with other lengths.
+
+use crate::abi;
+use crate::device::DeviceInfo;
+
+/// The kernel for a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Variant {
+    /// `attention_decode.cu`, for at most 8 query rows per KV head.
+    Decode8,
+    /// The same, for at most 16 of less than 256 dimensions.
+    Decode16,
+    /// `attention_prefill.cu`.
+    Prefill,
+}
+
+impl Variant {
+    /// The kernel for up to `max_q_len` query tokens per sequence of `group` query heads per KV head.
+    pub(super) fn of(max_q_len: u32, group: u32, head_dim: u32) -> Self {
+        match u64::from(max_q_len.max(1)) * u64::from(group) {
+            ..=8 => Self::Decode8,
+            9..=16 if head_dim < 256 => Self::Decode16,
+            _ => Self::Prefill,
+        }
+    }
+}
+
+/// What decides how a decode batch is dealt to CTAs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Bounds {
+    /// Sequences.
+    pub(super) num_seqs: u32,
+    /// KV heads.
+    pub(super) num_kv_heads: u32,
+    /// Upper bound on the visible tokens of a sequence.
+    pub(super) max_kv_len: u32,
+    /// Bytes of an element of keys and values.
+    pub(super) kv_bytes: u32,
+}
+
+/// The work list of a decode batch: a CTA for every entry and KV head.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct WorkList {
+    /// Sequences.
+    pub(crate) num_seqs: u32,
+    /// KV heads.
+    pub(crate) num_kv_heads: u32,
+    /// Entries.
+    pub(crate) num_parts: u32,
+    /// Most entries that are parts of cut sequences; 0: none is ever cut.
+    pub(crate) cut_parts: u32,
+}
+
+impl WorkList {
+    /// The list of a batch without a plan: every sequence is one part.
+    pub(super) fn whole(bounds: Bounds) -> Self {
+        let Bounds { num_seqs, num_kv_heads, .. } = bounds;
+        Self { num_seqs, num_kv_heads, num_parts: num_seqs, cut_parts: 0 }
+    }
+
+    /// CTAs of the launch.
+    pub(super) fn ctas(&self) -> u64 {
+        u64::from(self.num_parts) * u64::from(self.num_kv_heads)
+    }
+
+    /// (Part of a cut sequence, KV head) pairs: each has room for a partial state, and a counter of arrivals.
+    pub(super) fn cut_items(&self) -> u64 {
+        u64::from(self.cut_parts) * u64::from(self.num_kv_heads)
+    }
+}
+
+/// How a plan cuts the sequences of a batch, as abi/params.h says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct PlanSplit {
+    pub(super) list: WorkList,
+    pub(super) spare_parts: u32,
+    pub(super) fixed_tokens: u32,
+    pub(super) max_parts: u32,
+}
+
+/// CTAs of the prefill kernel that share a multiprocessor.
+const CTAS_PER_SM: u64 = 2;
+/// Tokens below which a part of a decode costs more than it saves: two slices per warp.
+pub(super) const MIN_TOKENS: u32 = 128;
+/// What merging a part costs, in tokens: one head over 8K tokens is fastest in 32 parts, over 1K in 8 (H100).
+pub(super) const MERGE_TOKENS: f32 = 8.0;
+/// Tokens of a part in plans that do not depend on the batch.
+const FIXED_TOKENS: u32 = 4096;
+
+impl PlanSplit {
+    /// The split of a batch; by each sequence's own length alone where it is to be `batch_invariant`.
+    pub(super) fn new(bounds: Bounds, batch_invariant: bool, device: &DeviceInfo) -> Self {
+        let whole = WorkList::whole(bounds);
+        if batch_invariant {
+            let max_parts = bounds.max_kv_len.div_ceil(FIXED_TOKENS);
+            let max_parts = max_parts.clamp(1, abi::HKV_PLAN_MAX_PARTS);
+            let num_parts = bounds.num_seqs.saturating_mul(max_parts);
+            let cut_parts = if max_parts > 1 { num_parts } else { 0 };
+            return Self {
+                list: WorkList { num_parts, cut_parts, ..whole },
+                spare_parts: 1,
+                fixed_tokens: FIXED_TOKENS,
+                max_parts,
+            };
+        }
+        // More parts than `most` would be shorter than they may be.
+        let most = u64::from(bounds.max_kv_len / MIN_TOKENS) * u64::from(bounds.num_seqs);
+        let spare_parts = ctas(bounds, device) / u64::from(bounds.num_kv_heads.max(1));
+        let spare_parts = spare_parts.min(most).clamp(1, i16::MAX as u64) as u32;
+        let cut_parts = if spare_parts > 1 { spare_parts } else { 0 };
+        Self {
+            list: WorkList { num_parts: whole.num_parts + cut_parts, cut_parts, ..whole },
+            spare_parts,
+            fixed_tokens: 0,
+            max_parts: 1,
+        }
+    }
+}
+
+/// CTAs of equal work into which a batch is cut. Two share a multiprocessor; one, where it has long to go, loads
+/// as fast and merges less. Many sequences keep the device busy, and are cut finer to end together (H100).
+fn ctas(bounds: Bounds, device: &DeviceInfo) -> u64 {
+    /// (sequence, KV head) pairs that are many.
+    const MANY_ITEMS: u64 = 64;
+    /// Tokens of a CTA that are long, of 16-bit elements.
+    const LONG_TOKENS: u64 = 4096;
+    let sms = u64::from(device.multiprocessors.max(1));
+    let items = u64::from(bounds.num_seqs) * u64::from(bounds.num_kv_heads);
+    let tokens = items.saturating_mul(bounds.max_kv_len.into());
+    if items >= MANY_ITEMS {
+        4 * sms
+    } else if bounds.kv_bytes > 1 && tokens >= 2 * sms * LONG_TOKENS {
+        sms
+    } else {
+        2 * sms
+    }
+}
+
+/// Bytes that the partial states of a prefill may take.
+const MAX_PREFILL_PARTIAL_BYTES: u64 = 64 << 20;
+
+/// Splits of a prefill of `items` (tile, KV head) pairs, whose partial states take `state_bytes` for each split:
+/// what makes the waves of CTAs end soonest.
+pub(super) fn prefill_splits(
+    items: u64,
+    max_kv_len: u32,
+    device: &DeviceInfo,
+    state_bytes: u64,
+) -> u32 {
+    /// Keys of a tile.
+    const TILE_KEYS: u64 = 64;
+    /// What a CTA costs besides its tiles (start, partial state, merge), in tiles.
+    const OVERHEAD_TILES: u64 = 4;
+    /// Tiles below which a split is not worth it.
+    const MIN_TILES: u64 = 4;
+    let slots = u64::from(device.multiprocessors.max(1)) * CTAS_PER_SM;
+    let tiles = u64::from(max_kv_len).div_ceil(TILE_KEYS);
+    let max_splits = MAX_PREFILL_PARTIAL_BYTES / state_bytes.max(1);
+    let most = (tiles / MIN_TILES).min(max_splits).clamp(1, 32);
+    let cost =
+        |splits: u64| (items * splits).div_ceil(slots) * (tiles.div_ceil(splits) + OVERHEAD_TILES);
+    let best = (1..=most).map(cost).min().unwrap_or(0);
+    // The fewest that come within 1/32 of the best: partial states are not free.
+    (1..=most).find(|&splits| cost(splits) <= best + best / 32).unwrap_or(1) as u32
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::device::DeviceKind;
+
+    /// A GPU of so many multiprocessors.
+    pub(crate) fn gpu(multiprocessors: u32) -> DeviceInfo {
+        DeviceInfo {
+            kind: DeviceKind::Cuda,
+            name: String::new(),
+            compute_capability: (9, 0),
+            multiprocessors,
+            memory_bytes: 0,
+            l2_bytes: 0,
+            shared_memory_bytes: 0,
+            driver_version: 0,
+        }
+    }
+
+    fn bounds(num_seqs: u32, num_kv_heads: u32, max_kv_len: u32) -> Bounds {
+        Bounds { num_seqs, num_kv_heads, max_kv_len, kv_bytes: 2 }
+    }
+
+    #[test]
+    fn planned_batches_fill_the_device_without_crumbs() {
+        let h100 = gpu(132);
+        for (seqs, heads, kv_len, spare, num_parts) in [
+            (1, 8, 131_072, 33, 34),
+            (1, 8, 262_144, 16, 17), // long: one CTA per multiprocessor
+            (1, 1, 10_000_000, 132, 133),
+            (256, 8, 1 << 20, 66, 322),
+            (1, 8, 1024, 8, 9), // no crumbs
+            (4, 1, 600, 16, 20),
+            (64, 8, 127, 1, 64), // too short to be cut: no room for parts
+            (1, 0, 0, 1, 1),
+            (1, 1024, 1 << 20, 1, 1), // heads enough
+        ] {
+            let bounds = bounds(seqs, heads, kv_len);
+            let found = PlanSplit::new(bounds, false, &h100);
+            let list = found.list;
+            assert_eq!((found.spare_parts, list.num_parts), (spare, num_parts), "{bounds:?}");
+            assert_eq!(list.cut_parts, if spare > 1 { spare } else { 0 });
+            assert!(list.ctas() <= u64::from(seqs * heads) + 4 * 132);
+            let whole = WorkList::whole(bounds);
+            assert_eq!((whole.num_parts, whole.cut_items()), (seqs, 0));
+        }
+        let fp8 = Bounds { kv_bytes: 1, ..bounds(1, 8, 262_144) };
+        assert_eq!(PlanSplit::new(fp8, false, &h100).spare_parts, 33);
+    }
+
+    #[test]
+    fn batch_invariant_plans_look_at_the_length_alone() {
+        let h100 = gpu(132);
+        for (seqs, kv_len, max_parts) in
+            [(1, 0, 1), (3, 4096, 1), (3, 4097, 2), (500, 65_536, 16), (2, u32::MAX, 64)]
+        {
+            let found = PlanSplit::new(bounds(seqs, 2, kv_len), true, &h100);
+            assert_eq!((found.max_parts, found.spare_parts), (max_parts, 1));
+            assert_eq!(found.list.num_parts, seqs * max_parts);
+            assert_eq!(found.list.cut_parts, if max_parts > 1 { seqs * max_parts } else { 0 });
+        }
+    }
+
+    #[test]
+    fn decode_serves_up_to_16_rows() {
+        for (max_q_len, group, head_dim, variant) in [
+            (0, 8, 128, Variant::Decode8),
+            (1, 8, 256, Variant::Decode8),
+            (4, 4, 128, Variant::Decode16),
+            (3, 3, 256, Variant::Prefill),
+            (17, 1, 64, Variant::Prefill),
+            (u32::MAX, 16, 64, Variant::Prefill),
+        ] {
+            assert_eq!(Variant::of(max_q_len, group, head_dim), variant);
+        }
+    }
+
+    #[test]
+    fn prefill_splits_even_out_the_waves() {
+        let h100 = gpu(132);
+        // (items, keys, splits that memory allows) -> splits on 264 CTAs at a time
+        for (items, keys, most, splits) in [
+            (2048, 8192, 64, 1),   // many waves: nothing to gain
+            (64, 131_072, 64, 4),  // a short chunk over a long context fills the device
+            (320, 131_072, 64, 4), // 1.2 waves take as long as 2, 4.8 as 5
+            (320, 131_072, 3, 3),
+            (8, 64, 64, 1),
+        ] {
+            let found = prefill_splits(items, keys, &h100, MAX_PREFILL_PARTIAL_BYTES / most);
+            assert_eq!(found, splits, "{items} items of {keys} keys, at most {most}");
+        }
+    }
+}
