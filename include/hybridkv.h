@@ -28,7 +28,7 @@ extern "C" {
 #endif
 
 // Changes when a struct or a function here changes. Compare with hkv_abi_version().
-#define HKV_ABI_VERSION 2u
+#define HKV_ABI_VERSION 3u
 
 // What a call came to.
 typedef enum hkv_status {
@@ -139,6 +139,23 @@ typedef struct hkv_append_args {
   uint32_t reserved;    // zero
 } hkv_append_args;
 
+// How the decode work of a batch is dealt out in layers that see the same keys: what hkv_planned()
+// gives. All zero: not planned.
+typedef struct hkv_class_plan {
+  hkv_span memory;
+  uint32_t num_seqs;
+  uint32_t num_kv_heads;
+  uint32_t num_parts;    // entries of the work list
+  uint32_t cut_parts;    // most of them that are parts of cut sequences
+  uint32_t reads_early;  // to be set to 1 for a layer whose predecessor in the stream, the kernel
+                         // launched just before it, writes nothing that attention reads but queries
+                         // and this step's new keys and values, as hkv_append and attention of the
+                         // layer before do: it then begins on older keys while that kernel ends.
+                         // Where the predecessor writes tables, lengths, older tokens or the plan,
+                         // results would be wrong: where in doubt, leave it 0
+  uint32_t reserved;     // zero
+} hkv_class_plan;
+
 // Arguments of hkv_attention. Query token t of sequence s has absolute position
 // kv_len[s] - q_len + t, where q_len = qo_indptr[s + 1] - qo_indptr[s].
 //
@@ -164,6 +181,8 @@ typedef struct hkv_attention_args {
                           // query token u of its sequence (bit t of itself is set), where the
                           // layer's kind lets it; or not given. max_q_len is at most 32 then
   hkv_span workspace;     // device, hkv_attention_workspace() bytes
+  hkv_class_plan plan;    // out of hkv_planned(); without one, a sequence that is longer than the
+                          // others keeps the device waiting
   uint32_t num_groups;    // G
   uint32_t num_layers;    // L
   uint32_t layer;         // the layer to attend
@@ -177,6 +196,22 @@ typedef struct hkv_attention_args {
   uint32_t dtype;         // enum hkv_dtype: bf16 or f16; kv.dtype, unless that is e4m3
   uint32_t reserved;      // zero
 } hkv_attention_args;
+
+// Arguments of hkv_plan: layers of one *window class*, the same kind, extent and sink tokens, see the
+// same keys and share a plan.
+typedef struct hkv_plan_args {
+  uint64_t struct_bytes;  // sizeof(hkv_plan_args)
+  // [num_classes], at most 8: the arguments with which one layer of each class will be attended, of
+  // one batch of at most 4096 sequences: num_seqs, qo_indptr, kv_len and windows are the same in
+  // all. Queries, outputs, block tables and the memory of keys and values are not looked at.
+  const hkv_attention_args* classes;
+  hkv_span memory;  // device, hkv_plan_memory() bytes; attention uses it until the next plan there
+  uint32_t num_classes;
+  uint32_t batch_invariant;  // 1: the length of a sequence alone decides how it is cut, so that the
+                             // bits of its output do not depend on what else is in the batch, as
+                             // long as max_q_len is the same. Takes room for the parts of max_kv_len
+                             // tokens for every sequence. 0: sequences are cut by the batch
+} hkv_plan_args;
 
 // Arguments of hkv_merge_states. Rows are (token, head) pairs.
 typedef struct hkv_merge_args {
@@ -257,6 +292,19 @@ hkv_status hkv_append(const hkv_kernels* kernels, const hkv_append_args* args, v
 // at).
 hkv_status hkv_attention_workspace(const hkv_kernels* kernels, const hkv_attention_args* args,
                                    uint64_t* bytes);
+
+// Bytes of memory that hkv_plan needs for these arguments (args->memory is not looked at).
+hkv_status hkv_plan_memory(const hkv_kernels* kernels, const hkv_plan_args* args, uint64_t* bytes);
+
+// Deals the decode work of a batch to CTAs, once per step, for all layers: long sequences are cut
+// into parts. In a graph it may be replayed with other lengths. Attention with a plan of other
+// lengths is right, only unbalanced.
+hkv_status hkv_plan(const hkv_kernels* kernels, const hkv_plan_args* args, void* stream);
+
+// The plan of class `index` of the same arguments, for layers of that class that come after
+// hkv_plan in the stream; all zero for a class that is not planned (chunked prefill).
+hkv_status hkv_planned(const hkv_kernels* kernels, const hkv_plan_args* args, uint32_t index,
+                       hkv_class_plan* plan);
 
 // Attends q to the live blocks of the sequences, for one layer of any kind.
 hkv_status hkv_attention(const hkv_kernels* kernels, const hkv_attention_args* args, void* stream);

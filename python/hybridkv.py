@@ -10,6 +10,8 @@ has passed the operation.
     kv = hybridkv.KV(pool[:, :, 0], pool[:, :, 1])      # [block, layer slot, head, token, dim] each
     kernels.append(hybridkv.append_args(kv, layer=0, k_new=k, v_new=v, ...), stream)
     args = hybridkv.attention_args(kv, layer=0, q=q, out=out, ...)
+    plan = hybridkv.plan_args([args], memory=...)               # once per step: one layer of every class
+    args.plan = kernels.plan(plan, stream)[0]
     args.workspace = hybridkv.span(torch.empty(kernels.attention_workspace(args), ...))
     kernels.attention(args, stream)
 
@@ -23,7 +25,7 @@ from ctypes import (
     POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p, sizeof,
 )
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 BF16, F16, F32, E4M3 = 0, 1, 2, 3
 FULL, SLIDING, CHUNKED = 0, 1, 2
 
@@ -88,15 +90,33 @@ class AppendArgs(Structure):
     ]
 
 
+class ClassPlan(Structure):
+    """How the decode work of a batch is dealt out in layers that see the same keys; all zero: not planned.
+    `reads_early` may be set to 1 under the condition of include/hybridkv.h."""
+
+    _fields_ = [
+        ("memory", Span), ("num_seqs", c_uint32), ("num_kv_heads", c_uint32), ("num_parts", c_uint32),
+        ("cut_parts", c_uint32), ("reads_early", c_uint32), ("reserved", c_uint32),
+    ]
+
+
 class AttentionArgs(Structure):
     _fields_ = [
         ("struct_bytes", c_uint64), ("kv", _KV), ("q", Span), ("q_strides", HeadStrides), ("out", Span),
         ("out_strides", HeadStrides), ("lse", Span), ("qo_indptr", Span), ("kv_len", Span),
         ("block_ids", Span), ("block_row", Span), ("first_block", Span), ("windows", Span),
-        ("sink_logits", Span), ("tree_mask", Span), ("workspace", Span), ("num_groups", c_uint32), ("num_layers", c_uint32),
+        ("sink_logits", Span), ("tree_mask", Span), ("workspace", Span), ("plan", ClassPlan),
+        ("num_groups", c_uint32), ("num_layers", c_uint32),
         ("layer", c_uint32), ("num_seqs", c_uint32), ("num_tokens", c_uint32), ("num_qo_heads", c_uint32),
         ("max_q_len", c_uint32), ("max_kv_len", c_uint32), ("sm_scale", c_float),
         ("logits_soft_cap", c_float), ("dtype", c_uint32), ("reserved", c_uint32),
+    ]
+
+
+class PlanArgs(Structure):
+    _fields_ = [
+        ("struct_bytes", c_uint64), ("classes", POINTER(AttentionArgs)), ("memory", Span),
+        ("num_classes", c_uint32), ("batch_invariant", c_uint32),
     ]
 
 
@@ -255,6 +275,16 @@ def attention_args(
     )
 
 
+def plan_args(classes, *, memory=None, batch_invariant=False):
+    """classes: the `attention_args` of one layer of each window class of a batch; memory on the device, of
+    `Kernels.plan_memory` bytes."""
+    args = PlanArgs(
+        struct_bytes=sizeof(PlanArgs), classes=(AttentionArgs * len(classes))(*classes),
+        memory=span(memory), num_classes=len(classes), batch_invariant=batch_invariant,
+    )
+    return _keeping(args, classes, memory)
+
+
 def merge_args(
     *, states, state_lse, out, lse=None, sink_logits=None, live_tokens=None, in_dtype=None, out_dtype=None
 ):
@@ -322,6 +352,21 @@ class Kernels:
         size = c_uint64()
         _call("hkv_attention_workspace", self._handle, byref(args), byref(size))
         return size.value
+
+    def plan_memory(self, args):
+        """Bytes of device memory that `plan` needs for these arguments."""
+        size = c_uint64()
+        _call("hkv_plan_memory", self._handle, byref(args), byref(size))
+        return size.value
+
+    def plan(self, args, stream=0):
+        """Deals the decode work of a batch to CTAs, once per step; returns the plan of each class, for
+        `args.plan` of the layers that come after it in the stream."""
+        _call("hkv_plan", self._handle, byref(args), c_void_p(stream))
+        plans = [ClassPlan() for _ in range(args.num_classes)]
+        for index, plan in enumerate(plans):
+            _call("hkv_planned", self._handle, byref(args), c_uint32(index), byref(plan))
+        return plans
 
     def attention(self, args, stream=0):
         """Attends the queries to the live blocks of their sequences."""

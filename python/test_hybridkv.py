@@ -71,6 +71,11 @@ class OnTheCpu(unittest.TestCase):
             max_kv_len=chunk, first_block=tensor(array("i", [0, 2]), GROUPS, 1),
             lse=tensor(lse, 1, 2 * HEADS), sink_logits=sinks,
         )
+        plan = hkv.plan_args([args, args], batch_invariant=True)
+        memory = array("q", [-1] * (self.kernels.plan_memory(plan) // 8))
+        plan.memory = hkv.span(memory)
+        args.plan = self.kernels.plan(plan)[1]
+        self.assertEqual((args.plan.num_seqs, args.plan.num_kv_heads), (1, HEADS))
         workspace = bytearray(self.kernels.attention_workspace(args) + 16)
         args.workspace = hkv.span(workspace)
         self.kernels.attention(args)

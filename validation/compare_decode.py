@@ -225,15 +225,21 @@ def ours(batch, kernels):
     if case.kv == "fp8":
         one = torch.ones(1, dtype=torch.float32, device=batch.device).expand(batch.blocks, 1, case.kv_heads, PAGE)
         scales = {"k_scale": one, "v_scale": one}
-    outputs, calls, workspace = batch.outputs(), [], None
+    outputs, calls, plan, workspace = batch.outputs(), [], None, None
     for pool, out in zip(batch.kv, outputs):
         kv = hkv.KV(pool[:, None, 0], pool[:, None, 1], **scales)
         args = hkv.attention_args(kv, layer=0, q=batch.q, out=out, **common)
+        if plan is None:
+            plan_args = hkv.plan_args([args])
+            plan_memory = torch.empty(kernels.plan_memory(plan_args), dtype=torch.uint8, device=batch.device)
+            plan_args.memory = hkv.span(plan_memory)
+            [plan] = kernels.plan(plan_args, stream(batch))
+        args.plan = plan
         if workspace is None:
             workspace = torch.zeros(max(16, kernels.attention_workspace(args)), dtype=torch.uint8, device=batch.device)
         args.workspace = hkv.span(workspace)
         calls.append(lambda args=args: kernels.attention(args, stream(batch)))
-    return {"hybridkv": (calls, outputs, (workspace, common, scales))}
+    return {"hybridkv": (calls, outputs, (workspace, common, scales, plan_memory))}
 
 
 def stream(batch):

@@ -226,8 +226,8 @@ class Batch:
             stream,
         )
 
-    def args(self, kernels):
-        """Arguments of the attention; `out` and `lse` are poisoned."""
+    def args(self, kernels, stream):
+        """Arguments of the attention, planned; `out` and `lse` are poisoned."""
         self.out = torch.full_like(self.q, math.nan)
         self.lse = torch.full(self.q.shape[:2], math.nan, dtype=torch.float32, device=self.device)
         spans = [n - self.case.first_visible(n - q) if q else n for q, n in self.case.lengths]
@@ -239,6 +239,10 @@ class Batch:
             max_kv_len=max(spans) + self.case.sink_tokens, sm_scale=self.scale,
             logits_soft_cap=self.case.soft_cap,
         )
+        plan = hkv.plan_args([args])
+        self.plan = torch.full((kernels.plan_memory(plan),), 0xFF, dtype=torch.uint8, device=self.device)
+        plan.memory = hkv.span(self.plan)
+        [args.plan] = kernels.plan(plan, stream)
         bytes_needed = kernels.attention_workspace(args)
         self.workspace = torch.full((bytes_needed,), 0xFF, dtype=torch.uint8, device=self.device)
         args.workspace = hkv.span(self.workspace)
@@ -340,7 +344,7 @@ class Bench:
     def attention(self, case):
         batch = Batch(case, self.device, self.seed)
         batch.append(self.kernels, self.stream())
-        args = batch.args(self.kernels)
+        args = batch.args(self.kernels, self.stream())
         took = self.microseconds(lambda: self.kernels.attention(args, self.stream()))
         self.synchronize()
         return self.judge(case.name, batch, took)
@@ -435,7 +439,7 @@ class Bench:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             batch.append(self.kernels, side.cuda_stream)
-            args = batch.args(self.kernels)
+            args = batch.args(self.kernels, side.cuda_stream)
             took = self.microseconds(lambda: self.kernels.attention(args, side.cuda_stream))
         side.synchronize()
         return self.judge("stream/" + case.name, batch, took)
@@ -443,7 +447,7 @@ class Bench:
     def in_a_graph(self, case):
         """Append and attention, captured by PyTorch for one batch, replayed with shorter sequences."""
         batch = Batch(case, self.device, self.seed)
-        args = batch.args(self.kernels)
+        args = batch.args(self.kernels, self.stream())
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             batch.append(self.kernels, torch.cuda.current_stream().cuda_stream)

@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{Dtype, KvScales, KvShape, KvStrides, KvView};
 use crate::ops::{
     AppendArgs, AttentionArgs, BlockTables, CtaQuota, HeadStrides, Kernels, MergeArgs, MoveArgs,
-    WindowTable,
+    Plan, PlanArgs, WindowTable, WorkList,
 };
 use header::*;
 
@@ -185,6 +185,58 @@ unsafe extern "C" fn hkv_attention_workspace(
 }
 
 #[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_plan_memory(
+    kernels: *const hkv_kernels,
+    args: *const hkv_plan_args,
+    bytes: *mut u64,
+) -> hkv_status {
+    const OP: &str = "hkv_plan_memory";
+    // SAFETY: the caller's promise: handles are live, the classes are there, `bytes` is null or can be written.
+    guard(|| unsafe {
+        let kernels = &handle(OP, "kernels", kernels)?.kernels;
+        let args = arguments(OP, args)?;
+        let bytes = bytes.as_mut().ok_or_else(|| Error::invalid(OP, "bytes is null"))?;
+        *bytes = kernels.plan_bytes(&args.to_ops(&args.classes(OP)?))?;
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_plan(
+    kernels: *const hkv_kernels,
+    args: *const hkv_plan_args,
+    stream: *mut c_void,
+) -> hkv_status {
+    const OP: &str = "hkv_plan";
+    // SAFETY: as for `hkv_append` and `hkv_plan_memory`.
+    guard(|| unsafe {
+        let kernels = &handle(OP, "kernels", kernels)?.kernels;
+        let args = arguments(OP, args)?;
+        let classes = args.classes(OP)?;
+        kernels.plan(&args.to_ops(&classes), kernels.device().foreign_stream(stream))
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_planned(
+    kernels: *const hkv_kernels,
+    args: *const hkv_plan_args,
+    index: u32,
+    plan: *mut hkv_class_plan,
+) -> hkv_status {
+    const OP: &str = "hkv_planned";
+    // SAFETY: as for `hkv_plan_memory`; `plan` is null or can be written.
+    guard(|| unsafe {
+        let kernels = &handle(OP, "kernels", kernels)?.kernels;
+        let args = arguments(OP, args)?;
+        let plan = plan.as_mut().ok_or_else(|| Error::invalid(OP, "plan is null"))?;
+        let planned = kernels.planned(&args.to_ops(&args.classes(OP)?), index as usize)?;
+        *plan = hkv_class_plan::of(planned);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
 unsafe extern "C" fn hkv_attention(
     kernels: *const hkv_kernels,
     args: *const hkv_attention_args,
@@ -304,6 +356,8 @@ unsafe impl Arguments for hkv_append_args {}
 // SAFETY: as above.
 unsafe impl Arguments for hkv_attention_args {}
 // SAFETY: as above.
+unsafe impl Arguments for hkv_plan_args {}
+// SAFETY: as above.
 unsafe impl Arguments for hkv_merge_args {}
 // SAFETY: as above.
 unsafe impl Arguments for hkv_move_args {}
@@ -415,7 +469,7 @@ impl hkv_attention_args {
             layer: self.layer,
             sink_logits: self.sink_logits.given(),
             tree_mask: self.tree_mask.given(),
-            plan: None,
+            plan: self.plan.to_ops(),
             num_qo_heads: self.num_qo_heads,
             num_seqs: self.num_seqs,
             num_tokens: self.num_tokens,
@@ -425,6 +479,55 @@ impl hkv_attention_args {
             logits_soft_cap: self.logits_soft_cap,
             workspace: self.workspace.to_ops(),
         })
+    }
+}
+
+impl hkv_class_plan {
+    fn of(plan: Option<Plan>) -> Self {
+        let list = plan.map(|plan| plan.list);
+        let memory = plan.map_or(Span::default(), |plan| plan.memory);
+        Self {
+            memory: hkv_span { data: memory.address as *mut c_void, bytes: memory.bytes },
+            num_seqs: list.map_or(0, |list| list.num_seqs),
+            num_kv_heads: list.map_or(0, |list| list.num_kv_heads),
+            num_parts: list.map_or(0, |list| list.num_parts),
+            cut_parts: list.map_or(0, |list| list.cut_parts),
+            reads_early: plan.is_some_and(|plan| plan.reads_early).into(),
+            reserved: 0,
+        }
+    }
+
+    fn to_ops(self) -> Option<Plan> {
+        self.memory.given().map(|memory| Plan {
+            list: WorkList {
+                num_seqs: self.num_seqs,
+                num_kv_heads: self.num_kv_heads,
+                num_parts: self.num_parts,
+                cut_parts: self.cut_parts,
+            },
+            memory,
+            reads_early: self.reads_early != 0,
+        })
+    }
+}
+
+impl hkv_plan_args {
+    /// The arguments of every class.
+    ///
+    /// # Safety
+    /// `classes` is null, or an array of as many as `num_classes` says, each as large as its first field says.
+    unsafe fn classes(&self, op: &'static str) -> Result<Vec<AttentionArgs>> {
+        (0..self.num_classes as usize)
+            .map(|index| {
+                // SAFETY: the caller's promise; the first one shows whether there is an array.
+                unsafe { arguments(op, self.classes.wrapping_add(index))? }.to_ops()
+            })
+            .collect()
+    }
+
+    fn to_ops<'a>(&self, classes: &'a [AttentionArgs]) -> PlanArgs<'a> {
+        let batch_invariant = self.batch_invariant != 0;
+        PlanArgs { classes, batch_invariant, memory: self.memory.to_ops() }
     }
 }
 

@@ -234,11 +234,36 @@ static void test_attention(const hkv_kernels* kernels) {
     hkv_attention_args args = attention_args(layer);
     uint64_t bytes = ~(uint64_t)0;
     CHECK(hkv_attention_workspace(kernels, &args, &bytes) == HKV_OK);
+    // With a plan, as a window class of its own.
+    hkv_plan_args plan;
+    memset(&plan, 0, sizeof plan);
+    plan.struct_bytes = sizeof plan;
+    plan.classes = &args;
+    plan.num_classes = 1;
+    plan.batch_invariant = layer;
+    CHECK(hkv_plan_memory(kernels, &plan, &bytes) == HKV_OK && bytes > 0);
+    void* plan_memory = calloc((size_t)bytes, 1);
+    plan.memory = span(plan_memory, (size_t)bytes - 1);
+    CHECK_ERROR(hkv_plan(kernels, &plan, NULL), HKV_INVALID_ARGUMENT, "the plan's memory");
+    plan.memory.bytes++;
+    CHECK(hkv_plan(kernels, &plan, NULL) == HKV_OK);
+    hkv_class_plan class_plan;
+    CHECK_ERROR(hkv_planned(kernels, &plan, 1, &class_plan), HKV_INVALID_ARGUMENT, "class 1 of 1");
+    CHECK_ERROR(hkv_planned(kernels, &plan, 0, NULL), HKV_INVALID_ARGUMENT, "plan is null");
+    CHECK(hkv_planned(kernels, &plan, 0, &class_plan) == HKV_OK);
+    args.plan = class_plan;
+    args.plan.reads_early = 1;
+    CHECK(hkv_attention_workspace(kernels, &args, &bytes) == HKV_OK);
     void* workspace = malloc((size_t)bytes + 1);
     args.workspace = span(workspace, (size_t)bytes);
     memset(out, 0xff, sizeof out);
     CHECK(hkv_attention(kernels, &args, NULL) == HKV_OK);
+    args.plan.num_seqs = 2;
+    CHECK_ERROR(hkv_attention(kernels, &args, NULL), HKV_INVALID_ARGUMENT, "the plan is of 2");
+    plan.classes = NULL;
+    CHECK_ERROR(hkv_plan(kernels, &plan, NULL), HKV_INVALID_ARGUMENT, "null");
     free(workspace);
+    free(plan_memory);
     double error = 0, norm = 0, lse_error = 0;
     for (int t = 0; t < QUERIES; t++) {
       int position = TOKENS - QUERIES + t;

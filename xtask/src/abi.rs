@@ -38,7 +38,7 @@ const MIRRORS: [Mirror; 2] = [
 #![allow(missing_docs, non_camel_case_types, rustdoc::broken_intra_doc_links, clippy::all)]
 
 ",
-        items: "hkv_(status|span|head_strides|kv|[a-z]+_args)|HKV_ABI_VERSION",
+        items: "hkv_(status|span|head_strides|kv|class_plan|[a-z]+_args)|HKV_ABI_VERSION",
     },
 ];
 
