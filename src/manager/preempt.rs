@@ -91,7 +91,8 @@ impl Manager {
                 };
                 let block = self.device.pool.block(id);
                 let whole = (index + 1) * group.block_size <= computed;
-                let hash = match block.cached && whole {
+                // A slot that has gone ahead is named by the state it will hold.
+                let hash = match block.cached && whole && row.table[index] == id {
                     true => block.hash,
                     false => sequence.tokens.private(sequence.generation, index),
                 };

@@ -398,12 +398,15 @@ impl Manager {
             id != NULL && pool.block(id).users == 1 && !pool.block(id).cached
         };
         let (mut fresh, mut returned) = (0, 0);
-        // States are written at the end, and at what is left of the checkpoints.
-        let attends = |group: &Group| group.kind != GroupKind::State;
+        // States are written at the end, which may have been loaded, and at what is left of the checkpoints.
+        let written = |group: &Group, row: &Row, b: usize| {
+            group.kind != GroupKind::State || b + 1 == row.table.len()
+        };
         for (group, row) in groups.iter().zip(&sequence.rows) {
-            for &id in &row.table[valid / group.block_size..hit / group.block_size] {
+            for b in valid / group.block_size..hit / group.block_size {
+                let id = row.table[b];
                 if !own(&device.pool, id) {
-                    fresh += usize::from(attends(group));
+                    fresh += usize::from(written(group, row, b));
                     returned += usize::from(id != NULL && device.pool.frees(id));
                 }
             }
@@ -420,9 +423,10 @@ impl Manager {
             }
         }
         for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
-            let again = &mut row.table[valid / group.block_size..hit / group.block_size];
-            for id in again.iter_mut().filter(|id| attends(group) && **id == NULL) {
-                *id = device.take(g, events)?;
+            for b in valid / group.block_size..hit / group.block_size {
+                if row.table[b] == NULL && written(group, row, b) {
+                    row.table[b] = device.take(g, events)?;
+                }
             }
             row.first_live = group.first_needed(valid);
             row.considered = row.considered.min(valid / group.block_size);
