@@ -1,16 +1,22 @@
 //! Random histories. `oracle` predicts the manager's every answer, the order of reuse included, from the
 //! definitions alone, on the device tier; `machine` puts a world around it, in which blocks have contents that
-//! move between device and host, steps and transfers end in any order and fail, and checks every invariant after
-//! each of a million operations; `bytes` moves contents through all tiers.
+//! move between the tiers, steps and transfers end in any order and fail, and checks every invariant after each of
+//! a million and a half operations.
 
-#[path = "manager_properties/bytes.rs"]
-mod bytes;
+#[path = "manager_properties/invariants.rs"]
+mod invariants;
 #[path = "manager_properties/machine.rs"]
 mod machine;
 #[path = "manager_properties/oracle.rs"]
 mod oracle;
 #[path = "manager_properties/prefixes.rs"]
 mod prefixes;
+#[path = "manager_properties/sequences.rs"]
+mod sequences;
+#[path = "manager_properties/transfers.rs"]
+mod transfers;
+#[path = "manager_properties/world.rs"]
+mod world;
 
 use hybridkv::manager::{Eviction, GroupConfig, ManagerConfig, Retention, Slack};
 use hybridkv::spec::{AttentionKind, GroupKind};
@@ -98,6 +104,7 @@ fn config() -> impl Strategy<Value = ManagerConfig> {
 }
 
 const LONGEST_PROMPT: usize = 48;
+const LONGEST_LOOKAHEAD: usize = 8;
 
 /// Prompts over few tokens, so that prefixes are shared.
 fn prompt() -> impl Strategy<Value = Vec<u32>> {

@@ -1,0 +1,319 @@
+//! What there is around a manager: sequences with their tokens, what every block and slot of every tier really
+//! holds, steps and transfers in flight, and a mirror of the indices that knows nothing but the events.
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::ops::Range;
+
+use hybridkv::manager::{
+    BlockHash, BlockId, Event, EventKind, ExtraKeys, Hit, Manager, ManagerConfig, Place, Stats,
+    Tier, Transfer, Usage, WritePolicy,
+};
+use hybridkv::spec::GroupKind;
+use proptest::prelude::*;
+
+use super::prefixes::{Node, Prefixes};
+use super::{LONGEST_PROMPT, alignment, gcd, needed};
+
+pub type Check<T = ()> = Result<T, TestCaseError>;
+
+/// KV of one token in one group, by the prefix that it ends, or the state after that prefix; 0 is garbage.
+pub type Kv = u64;
+/// What a block holds: of attention token by token, of states one in front.
+pub type Content = [Kv; 4];
+
+pub const GARBAGE: Content = [0; 4];
+
+pub fn kv(group: usize, node: Node) -> Kv {
+    (group as u64 + 1) << 32 | u64::from(node)
+}
+
+/// A tenant and an adapter; two of them spell the same.
+pub const KEYS: [ExtraKeys<'static>; 3] = [
+    ExtraKeys { salt: "", lora: "" },
+    ExtraKeys { salt: "a", lora: "" },
+    ExtraKeys { salt: "", lora: "a" },
+];
+
+/// A key that a step sees: block, offset and what should be there.
+pub type Read = (BlockId, usize, Kv);
+
+#[derive(Clone)]
+pub struct Sequence {
+    pub keys: ExtraKeys<'static>,
+    pub tokens: Vec<u32>,
+    pub path: Vec<Node>,
+    /// Tokens of the whole prompt, of which the first part may have been given.
+    pub prompt: usize,
+    /// Tokens whose steps cannot fail any more, settled or not: another sequence's, or known to have ended.
+    pub finished: usize,
+    pub computed: usize,
+    pub settled: usize,
+    pub ready: bool,
+    /// A load failed: what it computes again is not findable at once.
+    pub repaired: bool,
+    /// Swapped out.
+    pub swapped: bool,
+    /// Tokens that it came back with: what of them was findable before may not be any more.
+    pub resumed: usize,
+    /// Its work is submitted behind that of those that found their blocks before it did.
+    pub turn: u64,
+    /// Steps in flight: tokens computed by their end, and what they read.
+    pub steps: VecDeque<(usize, Vec<Read>)>,
+}
+
+/// A transfer that has started, and what its source held then.
+pub struct Flight {
+    pub transfer: Transfer,
+    pub source: Content,
+}
+
+/// What can be seen of a manager, counters of refusals apart.
+#[derive(Debug, PartialEq)]
+pub struct Snapshot {
+    pub queue: Vec<BlockId>,
+    pub users: Vec<(BlockId, u32)>,
+    pub cached: Vec<Vec<u32>>,
+    pub tables: Vec<Vec<BlockId>>,
+    pub usage: Usage,
+    pub stats: Stats,
+    pub flying: usize,
+}
+
+/// Blocks by tier, group and prefix.
+pub type Named = HashSet<(Tier, usize, Node)>;
+
+pub struct World {
+    pub m: Manager,
+    pub config: ManagerConfig,
+    pub alignment: usize,
+    pub unit: usize,
+    /// By group and length, blocks that a prefix needs.
+    pub needed: Vec<Vec<Vec<usize>>>,
+    pub prefixes: Prefixes,
+    pub device: Vec<Content>,
+    pub host: Vec<Content>,
+    pub storage: Vec<Content>,
+    pub sequences: BTreeMap<u64, Sequence>,
+    pub flying: Vec<Flight>,
+    /// Copies of every findable block, by tier.
+    pub found: HashMap<Tier, HashMap<(usize, Node), usize>>,
+    /// Names of blocks that preempted sequences keep for themselves, and those of them that are on the host.
+    pub private: HashSet<BlockHash>,
+    pub private_on_host: HashSet<(usize, BlockHash)>,
+    /// Blocks in use of which the index was told to forget.
+    pub forgotten: HashSet<BlockId>,
+    /// The name that is prefetched for.
+    pub prefetched: Option<u64>,
+    pub next: u64,
+    pub turns: u64,
+    pub now: u64,
+}
+
+impl World {
+    pub fn new(config: ManagerConfig) -> Self {
+        let slots = config.host.map_or(0, |host| host.num_slots);
+        let mut m = Manager::new(config.clone()).unwrap();
+        m.record_events(true);
+        let longest = LONGEST_PROMPT.max(config.max_model_len as usize);
+        let lengths = 0..longest + 2 * alignment(&config.groups);
+        let needed_by =
+            |group| lengths.clone().map(|n| needed(group, n)).collect::<Vec<Vec<usize>>>();
+        let unit = config.groups.iter().map(|g| g.block_size as usize).reduce(gcd);
+        let tiers = [Tier::Device, Tier::Host, Tier::Storage];
+        Self {
+            m,
+            alignment: alignment(&config.groups),
+            unit: unit.unwrap(),
+            needed: config.groups.iter().map(needed_by).collect(),
+            prefixes: Prefixes::default(),
+            device: vec![GARBAGE; config.num_blocks as usize],
+            host: vec![GARBAGE; slots as usize],
+            storage: Vec::new(),
+            sequences: BTreeMap::new(),
+            flying: Vec::new(),
+            found: tiers.map(|tier| (tier, HashMap::new())).into(),
+            private: HashSet::new(),
+            private_on_host: HashSet::new(),
+            forgotten: HashSet::new(),
+            prefetched: None,
+            next: 0,
+            turns: 0,
+            now: 0,
+            config,
+        }
+    }
+
+    pub fn size(&self, g: usize) -> usize {
+        self.config.groups[g].block_size as usize
+    }
+
+    pub fn groups(&self) -> Range<usize> {
+        0..self.config.groups.len()
+    }
+
+    pub fn is_state(&self, g: usize) -> bool {
+        self.config.groups[g].kind == GroupKind::State
+    }
+
+    pub fn has_states(&self) -> bool {
+        self.groups().any(|g| self.is_state(g))
+    }
+
+    /// Whether blocks are stored before they are evicted.
+    pub fn writes_back(&self) -> bool {
+        self.m.config().host.is_some_and(|host| host.write == WritePolicy::Back)
+    }
+
+    /// None of one that is swapped out.
+    pub fn table(&self, seq: u64, g: usize) -> &[BlockId] {
+        self.m.table(seq, g).unwrap_or_default()
+    }
+
+    pub fn turn(&mut self) -> u64 {
+        self.turns += 1;
+        self.turns
+    }
+
+    pub fn place(&mut self, place: Place) -> &mut Content {
+        match place {
+            Place::Device(block) => &mut self.device[block as usize],
+            Place::Host(slot) => &mut self.host[slot as usize],
+            Place::Storage(slot) => &mut self.storage[slot as usize],
+        }
+    }
+
+    /// The names of a prompt's prefixes, whose hashes are checked on the way.
+    pub fn path(&mut self, keys: ExtraKeys<'_>, tokens: &[u32]) -> Check<Vec<Node>> {
+        let path = self.prefixes.path(keys, tokens);
+        self.prefixes.learn(&self.m, self.unit, keys, tokens, &path)?;
+        Ok(path)
+    }
+
+    pub fn snapshot(&self) -> Snapshot {
+        let table = |(&seq, g): (&u64, usize)| self.table(seq, g).to_vec();
+        let seqs = self.sequences.keys();
+        Snapshot {
+            queue: self.m.free_queue(),
+            users: self.m.ref_counts(),
+            cached: self.groups().map(|g| self.m.cached_indices(g)).collect(),
+            tables: seqs.flat_map(|seq| self.groups().map(move |g| (seq, g))).map(table).collect(),
+            usage: self.m.usage(),
+            stats: Stats { refused: 0, ..self.m.stats() },
+            flying: self.m.transfers_in_flight(),
+        }
+    }
+
+    /// What a block that ends with this prefix holds.
+    pub fn content(&self, group: usize, mut node: Node) -> Content {
+        let mut content = GARBAGE;
+        if self.is_state(group) {
+            content[0] = kv(group, node);
+            return content;
+        }
+        for t in (0..self.size(group)).rev() {
+            content[t] = kv(group, node);
+            node = self.prefixes.parent(node);
+        }
+        content
+    }
+
+    pub fn finds(&self, tiers: &[Tier], g: usize, node: Node) -> bool {
+        tiers.iter().any(|tier| self.found[tier].contains_key(&(g, node)))
+    }
+
+    /// Replays the events into the mirror; gives how many blocks the device lost. What may leave a lower tier
+    /// without ever having been stored there was on its way.
+    pub fn replay_events(&mut self, writing: &Named) -> Check<usize> {
+        let mut lost = 0;
+        for Event { kind, group, tier, indices, hashes } in self.m.events() {
+            let g = group as usize;
+            if kind == EventKind::Cleared {
+                self.found.get_mut(&tier).unwrap().retain(|&(of, _), _| of != g);
+                self.private_on_host.retain(|&(of, _)| tier != Tier::Host || of != g);
+            }
+            prop_assert_eq!(hashes.len(), indices.len());
+            for (hash, &index) in hashes.iter().zip(&indices) {
+                if self.private.contains(hash) {
+                    prop_assert_eq!(tier, Tier::Host, "a sequence's own block");
+                    match kind {
+                        EventKind::Stored => self.private_on_host.insert((g, *hash)),
+                        _ => self.private_on_host.remove(&(g, *hash)),
+                    };
+                    continue;
+                }
+                let Some(node) = self.prefixes.named(hash) else {
+                    return Err(TestCaseError::fail("an event of a hash that nothing has"));
+                };
+                let end = (index as usize + 1) * self.size(g);
+                prop_assert_eq!(self.prefixes.len(node), end, "the index of an event");
+                let mirror = self.found.get_mut(&tier).unwrap();
+                let copies = mirror.entry((g, node)).or_default();
+                if kind == EventKind::Stored {
+                    *copies += 1;
+                    prop_assert!(tier == Tier::Device || *copies == 1, "stored twice");
+                    continue;
+                }
+                lost += usize::from(tier == Tier::Device);
+                match copies {
+                    0 => prop_assert!(writing.contains(&(tier, g, node)), "removed and not there"),
+                    _ => *copies -= 1,
+                }
+                if *copies == 0 {
+                    mirror.remove(&(g, node));
+                }
+            }
+        }
+        Ok(lost)
+    }
+
+    /// The longest hit that the mirror can serve: every length, every block with a token that is seen.
+    pub fn longest(&self, path: &[Node], tiers: &[Tier]) -> usize {
+        let whole = |n: &usize| {
+            self.groups().all(|g| {
+                let size = self.size(g);
+                self.needed[g][*n].iter().all(|b| self.finds(tiers, g, path[(b + 1) * size - 1]))
+            })
+        };
+        let lengths = (0..path.len()).rev().filter(|n| n % self.alignment == 0);
+        lengths.into_iter().find(whole).unwrap_or(0)
+    }
+
+    /// Whether a block that is findable as the end of this prefix is what it should be, as far as it has been
+    /// computed: another sequence may yet be about to.
+    fn is_right(&self, g: usize, b: usize, id: BlockId, path: &[Node]) -> bool {
+        let size = self.size(g);
+        let found = self.device[id as usize];
+        let pending = |tokens: usize| {
+            self.sequences.iter().any(|(&seq, sequence)| {
+                sequence.computed < tokens && self.table(seq, g).get(b) == Some(&id)
+            })
+        };
+        if self.is_state(g) {
+            return found[0] == kv(g, path[(b + 1) * size - 1]) || pending((b + 1) * size);
+        }
+        let right = |t: usize| found[t] == kv(g, path[b * size + t]) || pending(b * size + t + 1);
+        (0..size).all(right)
+    }
+
+    pub fn lookup(&mut self, tokens: &[u32], keys: ExtraKeys<'_>) -> Check<Hit> {
+        use Tier::{Device, Host, Storage};
+        let path = self.path(keys, tokens)?;
+        let hit = self.m.lookup(tokens, keys);
+        prop_assert_eq!(hit.device_tokens, self.longest(&path, &[Device]), "on the device");
+        prop_assert_eq!(hit.host_tokens, self.longest(&path, &[Device, Host]), "above storage");
+        let all = self.longest(&path, &[Device, Host, Storage]);
+        prop_assert_eq!(hit.tokens, all, "over all tiers");
+        for g in self.groups() {
+            let size = self.size(g);
+            prop_assert_eq!(hit.blocks[g].len(), hit.tokens / size);
+            for (b, &id) in hit.blocks[g].iter().enumerate() {
+                let end = path[(b + 1) * size - 1];
+                let is_needed = self.needed[g][hit.tokens].contains(&b);
+                let wanted = is_needed && self.finds(&[Device], g, end);
+                prop_assert_eq!(id != 0, wanted, "block {} of group {}", b, g);
+                prop_assert!(!wanted || self.is_right(g, b, id, &path), "a hit on garbage");
+            }
+        }
+        Ok(hit)
+    }
+}
