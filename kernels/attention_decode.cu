@@ -24,6 +24,8 @@
 
 #include "abi/params.h"
 #include "policy/block_table.cuh"
+#include "policy/decode_share.cuh"
+#include "policy/decode_tuning.cuh"
 #include "policy/element.cuh"
 #include "policy/kv_element.cuh"
 #include "policy/kv_scales.cuh"
@@ -43,63 +45,16 @@
 namespace hkv {
 namespace {
 
-constexpr int kWarps = HKV_DECODE_THREADS / 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
-
-// How a kernel shares a multiprocessor. 128 KB are in flight on it, past which bandwidth falls
-// again (H100). Widening 8-bit elements keeps 16 warps busy; kernels with larger states have room
-// for 8.
-template <typename Kv, int kDim, int kQueryTiles>
-struct Tuning {
-  static constexpr int kCtas = sizeof(Kv) == 1 && kDim <= 128 && kQueryTiles == 1 ? 4 : 2;
-  static constexpr int kSharedBytes =
-      kCtas == 4 ? HKV_DECODE_NARROW_SHARED_BYTES : HKV_DECODE_SHARED_BYTES;
-  static constexpr int kRingBytes = kSharedBytes / kWarps;
-  // Keys of a warp at a time: 4 KB at head_dim 128, but where registers do not reach.
-  static constexpr int kSliceTokens = sizeof(Kv) == 1 && kDim * kQueryTiles <= 256 ? 32 : 16;
-  static constexpr int kInFlightBytes = (128 << 10) / (kCtas * kWarps);
-};
-
-// What a CTA attends: a part of the keys of a sequence, for one KV head.
-struct Share {
-  int32_t seq;
-  int32_t kv_head;
-  int32_t entry;  // of the work list
-  int32_t part;   // of the `parts` parts of the sequence; 0 parts: no work
-  int32_t parts;
-
-  Share() = default;
-  __device__ explicit Share(const hkv_attention_params& p)
-      : kv_head(blockIdx.x % p.num_kv_heads), entry(blockIdx.x / p.num_kv_heads) {
-    seq = entry;
-    part = 0;
-    parts = 1;
-    if (p.parts == nullptr) return;
-    const int2 raw = __ldcg(reinterpret_cast<const int2*>(p.parts + entry));
-    const hkv_part listed = reinterpret_cast<const hkv_part&>(raw);
-    seq = listed.seq;
-    part = listed.index;
-    parts = listed.count;
-  }
-
-  // The whole sequence as the work of this CTA alone.
-  __device__ Share alone() const {
-    Share share = *this;
-    share.part = 0;
-    share.parts = 1;
-    return share;
-  }
-  __device__ TileSpan of(int32_t tiles) const { return TileSpan(tiles, part, parts, kWarps); }
-};
 
 template <typename T, typename Kv, int kDim, int kQueryTiles>
 class Decode {
   using Keys = KvElement<Kv>;
   using Operand = typename Keys::Operand;
   using Layout = Swizzle<kDim * sizeof(Kv)>;
-  using Tune = Tuning<Kv, kDim, kQueryTiles>;
+  using Tune = DecodeTuning<Kv, kDim, kQueryTiles>;
   static constexpr int kSliceTokens = Tune::kSliceTokens;
-  using Ring = SliceRing<Kv, kDim, kSliceTokens, kWarps, Tune::kInFlightBytes>;
+  using Ring = SliceRing<Kv, kDim, kSliceTokens, kDecodeWarps, Tune::kInFlightBytes>;
   using State = WarpState<kDim, kQueryTiles>;
   using Tiles = KeyTiles<kSliceTokens>;
   static constexpr int kKeyTiles = kSliceTokens / 16;
@@ -127,10 +82,10 @@ class Decode {
   // What lies beside the rings: what a warp seldom needs while keys stream, for registers are
   // scarce then, and what the warps tell each other.
   struct Meeting {
-    Share share;
+    DecodeShare share;
     QueryRows rows;
     Visibility visibility;
-    float2 sums[kWarps][kRows];  // bases in log2 units, sums
+    float2 sums[kDecodeWarps][kRows];  // bases in log2 units, sums
     int32_t is_last;
   };
 
@@ -140,10 +95,10 @@ class Decode {
   __device__ static void run(const hkv_attention_params& p) {
     extern __shared__ __align__(1024) uint8_t shared[];
     __shared__ Meeting meeting;
-    __shared__ typename Ring::ScaleRing scale_rings[Keys::kScaled ? kWarps : 1];
+    __shared__ typename Ring::ScaleRing scale_rings[Keys::kScaled ? kDecodeWarps : 1];
     if (p.reads_early == 0) grid_dependency_wait();
 
-    Share share(p);
+    DecodeShare share(p);
     if (share.parts == 0) return;
     const QueryRows rows(p, share.seq, share.kv_head);
     const hkv_window window = p.windows[p.layer];
@@ -216,7 +171,7 @@ class Decode {
     const uint32_t key_lane = Layout::offset(lane % 16, lane / 16);
     const uint32_t value_lane = Layout::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 
-    for (int32_t slice = first; slice < span.end; slice += kWarps) {
+    for (int32_t slice = first; slice < span.end; slice += kDecodeWarps) {
       const uint32_t keys = ring.next_keys() + key_lane;
       float score[kKeyTiles][kQueryTiles][4] = {};
 #pragma unroll
@@ -399,7 +354,7 @@ class Decode {
   __device__ static void meet(const hkv_attention_params& p, int32_t row0, uint8_t* shared,
                               Meeting& meeting) {
     const QueryRows& rows = meeting.rows;
-    const Share& share = meeting.share;
+    const DecodeShare& share = meeting.share;
     const int num_rows = min(rows.count() - row0, kRows);
     if (num_rows <= 0) return;
     const auto into_output = [&](int row, int vector, const RowPiece& piece) {
@@ -441,9 +396,9 @@ class Decode {
     for (int i = threadIdx.x; i < num_rows * kVectors; i += HKV_DECODE_THREADS) {
       const int row = i / kVectors;
       const int vector = i % kVectors;
-      RowPiece piece[kWarps];
+      RowPiece piece[kDecodeWarps];
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
+      for (int w = 0; w < kDecodeWarps; ++w) {
         const float* output = reinterpret_cast<const float*>(shared + w * kRingBytes);
         piece[w] = RowPiece(meeting.sums[w][row],
                             reinterpret_cast<const float4*>(output + row * kPitch)[vector]);
@@ -470,10 +425,10 @@ class Decode {
     uint8_t* const ring = shared + warp * kRingBytes;
     const uint32_t ring_shared = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
     RowPiece merged[kMergePieces];
-    for (int first = warp; first < parts; first += at_once * kWarps) {
-      const int count = min(at_once, (parts - first + kWarps - 1) / kWarps);
+    for (int first = warp; first < parts; first += at_once * kDecodeWarps) {
+      const int count = min(at_once, (parts - first + kDecodeWarps - 1) / kDecodeWarps);
       for (int n = 0; n < count; ++n) {
-        const PartState& state = states[(first + n * kWarps) * stride];
+        const PartState& state = states[(first + n * kDecodeWarps) * stride];
         const uint32_t to = ring_shared + n * staged_bytes + lane * 16;
         if (lane * 16 < kSumsBytes) cp_async_16(to, &state.sums[first_row + lane * 2], true);
 #pragma unroll 1

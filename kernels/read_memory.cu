@@ -1,6 +1,6 @@
 // Grid: any number of CTAs of 512 threads; threads stride over the 16-byte vectors of one
-// contiguous range, four loads in flight each, and fold them into one word by exclusive or. What
-// plain loads reach is the yardstick of every kernel that is bound by memory.
+// contiguous range, four loads in flight each, and add their words up. What plain loads reach is
+// the yardstick of every kernel that is bound by memory.
 //
 // data       [bytes / 16] vectors          each read once
 // checksum   one word                      one atomic per warp
@@ -14,7 +14,7 @@ constexpr int kLoads = 4;
 
 using Vector = uint4;
 
-__device__ inline uint32_t fold(Vector v) { return v.x ^ v.y ^ v.z ^ v.w; }
+__device__ inline uint32_t words(Vector v) { return v.x + v.y + v.z + v.w; }
 
 }  // namespace
 
@@ -24,17 +24,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int64_t count = p.bytes / static_cast<int64_t>(sizeof(Vector));
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  uint32_t word = 0;
+  uint32_t sum = 0;
   for (; i + (kLoads - 1) * step < count; i += kLoads * step) {
     Vector values[kLoads];
 #pragma unroll
     for (int n = 0; n < kLoads; ++n) values[n] = __ldcs(data + i + n * step);
 #pragma unroll
-    for (int n = 0; n < kLoads; ++n) word ^= fold(values[n]);
+    for (int n = 0; n < kLoads; ++n) sum += words(values[n]);
   }
-  for (; i < count; i += step) word ^= fold(__ldcs(data + i));
-  for (int lanes = kWarpLanes / 2; lanes > 0; lanes /= 2) {
-    word ^= __shfl_xor_sync(~0u, word, lanes);
-  }
-  if (threadIdx.x % kWarpLanes == 0) atomicXor(p.checksum, word);
+  for (; i < count; i += step) sum += words(__ldcs(data + i));
+  sum = __reduce_add_sync(~0u, sum);
+  if (threadIdx.x % kWarpLanes == 0) atomicAdd(p.checksum, sum);
 }

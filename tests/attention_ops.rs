@@ -339,6 +339,61 @@ fn plans_by_length_keep_the_bits_of_a_sequence() {
 }
 
 #[test]
+fn reads_touch_every_visible_key_once_and_no_other() {
+    let kinds = [
+        AttentionKind::Full,
+        AttentionKind::Sliding { window: 37 },
+        AttentionKind::Chunked { chunk: 48 },
+    ];
+    for kernels in all_kernels() {
+        for (kind, sink_tokens) in kinds.into_iter().zip([0, 5, 21]) {
+            let seqs = vec![(1, 1), (4, 300), (1, 97), (0, 40), (3, 260)];
+            let batch = Batch { seqs, group: 2, kind, sink_tokens, sink_logits: false };
+            let mut expected = 7u32;
+            for (s, &seq) in batch.seqs.iter().enumerate() {
+                for key in (0..seq.1).filter(|&key| batch.is_read(seq, key)) {
+                    for (half, head, pair) in indices([2, KV_HEADS, DIM / 2]) {
+                        let bits =
+                            |dim| u32::from(value(half as u64, [s, key, head, dim]).to_bits());
+                        let word = bits(2 * pair) | bits(2 * pair + 1) << 16;
+                        expected = expected.wrapping_add(word);
+                    }
+                }
+            }
+            for planned in [Planned::No, Planned::AsItIs, Planned::ByLength, Planned::Stale] {
+                let mut loaded = load(&batch, &kernels, Some((4, 1 << 20)));
+                loaded.plan(&kernels, planned);
+                let checksum = kernels.device().upload(&[7u32]).unwrap();
+                let stream = kernels.device().stream().unwrap();
+                // SAFETY: all buffers outlive the synchronisation; the tables name blocks of the pool.
+                unsafe {
+                    kernels.read_blocks(&loaded.args, checksum.span(), stream.as_ref()).unwrap()
+                };
+                stream.as_ref().synchronize().unwrap();
+                let sum = checksum.download::<u32>().unwrap();
+                assert_eq!(sum, [expected], "{kind:?} {planned:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn reads_are_of_what_decode_takes() {
+    for kernels in all_kernels() {
+        let batch = Batch { seqs: vec![(40, 40)], ..example() };
+        let loaded = load(&batch, &kernels, None);
+        let stream = kernels.device().stream().unwrap();
+        let checksum = kernels.device().upload(&[0u32]).unwrap();
+        // SAFETY: nothing is launched.
+        let read = |checksum: Span| unsafe {
+            kernels.read_blocks(&loaded.args, checksum, stream.as_ref()).unwrap_err().to_string()
+        };
+        assert!(read(checksum.span()).contains("what the decode kernel takes"));
+        assert!(read(Span::new(checksum.address(), 3)).contains("the checksum has 3 bytes"));
+    }
+}
+
+#[test]
 fn merging_is_the_softmax_over_states() {
     const HEADS: usize = 3;
     for kernels in all_kernels() {

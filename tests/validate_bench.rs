@@ -40,6 +40,7 @@ fn every_suite_runs_and_reports() {
         ("decode", "64x8K/32-8/bf16", "us"),
         ("decode", "256x8K/W1024/32-8/bf16", "us"),
         ("decode", "mixed/1x1M+255x2K/32-8/bf16", "us"),
+        ("decode", "read_blocks/b64", "us"),
         ("decode", "step/scout-tp8/10M", "us"),
         ("decode", "step/gpt-oss/64x8K", "us"),
         ("decode", "plan/256x2", "us"),

@@ -203,7 +203,14 @@ typedef struct hkv_synthetic_params {
 typedef struct hkv_read_params {
   const void* data;    // [bytes]
   int64_t bytes;       // a multiple of 16
-  uint32_t* checksum;  // device: the exclusive or of all 32-bit words is folded into it
+  uint32_t* checksum;  // device: the sum of all 32-bit words is added to it, modulo 2^32
 } hkv_read_params;
+
+// Reads K and V of every key that some query sees, each once: the load path of attention, without its
+// arithmetic.
+typedef struct hkv_read_blocks_params {
+  hkv_attention_params attention;  // of its tensors, only K, V and their scales are read
+  uint32_t* checksum;              // device: the sum of all 32-bit words is added to it, modulo 2^32
+} hkv_read_blocks_params;
 
 #endif  // HYBRIDKV_ABI_PARAMS_H_

@@ -120,7 +120,7 @@ pub struct AttentionArgs {
 /// values are of the same type or e4m3.
 const DTYPES: [Dtype; 2] = [Dtype::Bf16, Dtype::F16];
 /// Head dimensions that the kernels are built for, likewise.
-const HEAD_DIMS: [u32; 3] = [64, 128, 256];
+pub(super) const HEAD_DIMS: [u32; 3] = [64, 128, 256];
 
 /// What the type of keys and values adds to a kernel's name: nothing where it is the queries'.
 const KV_SUFFIXES: [&str; 2] = ["", "_e4m3"];
@@ -169,7 +169,7 @@ const MAX_TREE_TOKENS: u32 = 32;
 
 /// The kernel for a batch, and how it is cut into CTAs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
+pub(super) enum Way {
     Decode { rows: u32, list: WorkList },
     Prefill { splits: u32, ctas: u64 },
 }
@@ -287,6 +287,54 @@ impl Kernels {
         if args.num_tokens == 0 || args.num_seqs == 0 {
             return Ok(());
         }
+        // SAFETY: the caller's promise about the spans.
+        let Prepared { way, ctas, params } = unsafe { self.prepare(args, stream)? };
+        let (dtype, shape) = (args.dtype, args.kv.shape);
+        let by_dtype = usize::from(args.dtype == DTYPES[1]);
+        let e4m3 = usize::from(shape.dtype == Dtype::E4m3);
+        let dim = HEAD_DIMS.iter().position(|&dim| dim == shape.head_dim).unwrap_or_default();
+        let (kernel, config) = match way {
+            Way::Prefill { .. } => (
+                &self.attention.prefill[by_dtype][e4m3][dim],
+                LaunchConfig::linear(ctas, abi::HKV_PREFILL_THREADS)
+                    .with_shared(abi::HKV_PREFILL_SHARED_BYTES),
+            ),
+            Way::Decode { rows, .. } => (
+                &self.attention.decode[by_dtype][e4m3][dim][usize::from(rows == 16)],
+                self.decode_config(ctas, &shape, rows),
+            ),
+        };
+        // SAFETY: runs when the stream gets to it, while the caller's promise holds.
+        let on_cpu =
+            move |p: &_| unsafe { cpu::attention(p, dtype, shape.dtype, shape.head_dim as usize) };
+        // SAFETY: the parameters are those of the kernel; memory is the caller's promise.
+        unsafe { self.launch(kernel, config, &params, stream, on_cpu)? };
+        if params.num_splits == 1 {
+            return Ok(());
+        }
+        let merge = args.merge_params(&params);
+        // SAFETY: the partial states were written by the kernel before; the rest as above.
+        unsafe { self.launch_merge(&merge, merge::Start::WithPredecessor, stream) }
+    }
+}
+
+/// A batch that has been checked, and how it is launched.
+pub(super) struct Prepared {
+    pub(super) way: Way,
+    pub(super) ctas: u32,
+    pub(super) params: hkv_attention_params,
+}
+
+impl Kernels {
+    /// Checks the arguments of a batch that is not empty.
+    ///
+    /// # Safety
+    /// Every span in `args` is device memory of that length.
+    pub(super) unsafe fn prepare(
+        &self,
+        args: &AttentionArgs,
+        stream: StreamRef<'_>,
+    ) -> Result<Prepared> {
         args.check()?;
         let way = Way::of(args, self.device.info())?;
         args.workspace.check(OP, "the workspace", way.workspace_bytes(args)?, 16)?;
@@ -304,38 +352,16 @@ impl Kernels {
                 unsafe { checks::plan(plan, stream)? };
             }
         }
-
-        let (dtype, shape) = (args.dtype, args.kv.shape);
         let params = args.params(&way);
-        let by_dtype = usize::from(args.dtype == DTYPES[1]);
-        let e4m3 = usize::from(shape.dtype == Dtype::E4m3);
-        let dim = HEAD_DIMS.iter().position(|&dim| dim == shape.head_dim).unwrap_or_default();
-        let (kernel, config) = match way {
-            Way::Prefill { .. } => (
-                &self.attention.prefill[by_dtype][e4m3][dim],
-                LaunchConfig::linear(ctas, abi::HKV_PREFILL_THREADS)
-                    .with_shared(abi::HKV_PREFILL_SHARED_BYTES),
-            ),
-            Way::Decode { rows, .. } => {
-                let mut config = LaunchConfig::linear(ctas, abi::HKV_DECODE_THREADS)
-                    .with_shared(decode_shared_bytes(&shape, rows));
-                if self.device.info().compute_capability >= (9, 0) {
-                    config = config.with_overlap();
-                }
-                (&self.attention.decode[by_dtype][e4m3][dim][usize::from(rows == 16)], config)
-            }
-        };
-        // SAFETY: runs when the stream gets to it, while the caller's promise holds.
-        let on_cpu =
-            move |p: &_| unsafe { cpu::attention(p, dtype, shape.dtype, shape.head_dim as usize) };
-        // SAFETY: the parameters are those of the kernel; memory is the caller's promise.
-        unsafe { self.launch(kernel, config, &params, stream, on_cpu)? };
-        if params.num_splits == 1 {
-            return Ok(());
-        }
-        let merge = args.merge_params(&params);
-        // SAFETY: the partial states were written by the kernel before; the rest as above.
-        unsafe { self.launch_merge(&merge, merge::Start::WithPredecessor, stream) }
+        Ok(Prepared { way, ctas, params })
+    }
+
+    /// The launch of a decode kernel of this many query rows.
+    pub(super) fn decode_config(&self, ctas: u32, shape: &KvShape, rows: u32) -> LaunchConfig {
+        let config = LaunchConfig::linear(ctas, abi::HKV_DECODE_THREADS)
+            .with_shared(decode_shared_bytes(shape, rows));
+        let overlaps = self.device.info().compute_capability >= (9, 0);
+        if overlaps { config.with_overlap() } else { config }
     }
 }
 

@@ -199,7 +199,7 @@ pub(crate) unsafe fn move_blocks(p: &abi::hkv_move_params) {
     }
 }
 
-/// Folds a range into a checksum by exclusive or.
+/// Adds the words of a range to a checksum.
 ///
 /// # Safety
 /// Both addresses in `p` are valid for what abi/params.h says.
@@ -207,8 +207,44 @@ pub(crate) unsafe fn read_memory(p: &abi::hkv_read_params) {
     // SAFETY: the caller vouches for the range and the checksum.
     unsafe {
         let words = std::slice::from_raw_parts(p.data.cast::<u32>(), p.bytes as usize / 4);
-        *p.checksum ^= words.iter().fold(0, |all, word| all ^ word);
+        add_words(p.checksum, words);
     }
+}
+
+/// Adds the words of K and V of every key that some query of the batch sees to a checksum.
+///
+/// # Safety
+/// As for [`attention`], but for queries and outputs, and the checksum is valid.
+pub(crate) unsafe fn read_blocks(
+    p: &abi::hkv_read_blocks_params,
+    kv_dtype: Dtype,
+    head_dim: usize,
+) {
+    let words = head_dim * kv_dtype.bytes() / 4;
+    // SAFETY: the caller vouches for every address in `p`; the offsets follow abi/params.h.
+    unsafe {
+        let batch = Batch::new(&p.attention, kv_dtype, kv_dtype, head_dim);
+        for sequence in batch.sequences.iter().filter(|sequence| sequence.q_len() > 0) {
+            for position in batch.needed(sequence) {
+                let place = batch.place(sequence, position);
+                for kv_head in 0..p.attention.num_kv_heads {
+                    let at = batch.address(place, kv_head.into()) as isize;
+                    for pool in [p.attention.k, p.attention.v] {
+                        let row = pool.cast::<u8>().offset(at * kv_dtype.bytes() as isize);
+                        add_words(p.checksum, std::slice::from_raw_parts(row.cast(), words));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// The checksum is writable.
+unsafe fn add_words(checksum: *mut u32, words: &[u32]) {
+    let sum = words.iter().fold(0u32, |sum, &word| sum.wrapping_add(word));
+    // SAFETY: the caller's promise.
+    unsafe { *checksum = (*checksum).wrapping_add(sum) };
 }
 
 /// One sequence of the batch: its query tokens and where its row of the block table is.
@@ -289,6 +325,13 @@ impl<'a> Batch<'a> {
         reference::sees(self.kind, self.sink_tokens, query, key)
     }
 
+    /// Keys that some query of the sequence sees.
+    fn needed(&self, sequence: &Sequence) -> impl Iterator<Item = i64> {
+        // The first query at or after a key decides: later ones see no more of the past.
+        let first_query = sequence.position(sequence.first_token);
+        (0..sequence.kv_len).filter(move |&key| self.sees(key.max(first_query), key))
+    }
+
     /// All query heads of one KV head of one sequence: item `sequence * num_kv_heads + kv_head`.
     ///
     /// # Safety
@@ -300,10 +343,8 @@ impl<'a> Batch<'a> {
         if sequence.q_len() == 0 {
             return;
         }
-        // A key is needed when the first query at or after it sees it: later ones see no more of the past.
         let first_query = sequence.position(sequence.first_token);
-        let positions: Vec<i64> =
-            (0..sequence.kv_len).filter(|&key| self.sees(key.max(first_query), key)).collect();
+        let positions: Vec<i64> = self.needed(sequence).collect();
         let dim = self.head_dim;
         let mut keys = vec![0.0; positions.len() * dim];
         let mut values = vec![0.0; positions.len() * dim];

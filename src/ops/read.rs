@@ -1,30 +1,46 @@
-//! `read_memory`: reads a range once, as fast as plain loads can. The yardstick of the benchmarks.
+//! The yardsticks of the benchmarks. `read_memory` reads a range once, as fast as plain loads can; `read_blocks`
+//! reads what attention would, the way decode does, without its arithmetic.
 
-use super::{Kernel, Kernels, Loader, cpu};
-use crate::abi::hkv_read_params;
+use super::attention::{HEAD_DIMS, Prepared, Way};
+use super::{AttentionArgs, Kernel, Kernels, Loader, cpu};
+use crate::abi::{self, hkv_read_blocks_params, hkv_read_params};
 use crate::device::cuda::LaunchConfig;
 use crate::device::{Span, StreamRef};
 use crate::error::{Error, Result};
+use crate::layout::Dtype;
 
 const OP: &str = "read_memory";
+const READ_BLOCKS: &str = "read_blocks";
 /// Threads per CTA, as in kernels/read_memory.cu.
 const THREADS: u32 = 512;
 /// CTAs per multiprocessor: 64 warps, what an SM holds.
 const CTAS_PER_SM: u32 = 4;
+/// Query rows of the decode kernel whose load path `read_blocks` has.
+const DECODE_ROWS: u32 = 8;
 
 pub(super) struct Loaded {
     read_memory: Kernel,
+    /// By whether KV is e4m3, and head dimension.
+    read_blocks: [[Kernel; 3]; 2],
 }
 
 impl Loaded {
     pub(super) fn load(loader: &mut Loader<'_>) -> Result<Self> {
-        let kernel = loader.file("read_memory")?;
-        Ok(Self { read_memory: kernel("hkv_read_memory", 0)? })
+        let read_memory = loader.file("read_memory")?("hkv_read_memory", 0)?;
+        let kernel = loader.file("read_blocks")?;
+        let mut read_blocks = [[Kernel { function: None }; 3]; 2];
+        for (kv, by_kv) in ["16bit", "e4m3"].iter().zip(&mut read_blocks) {
+            for (dim, by_dim) in HEAD_DIMS.iter().zip(by_kv) {
+                let name = format!("hkv_read_blocks_{kv}_d{dim}");
+                *by_dim = kernel(&name, abi::HKV_DECODE_SHARED_BYTES)?;
+            }
+        }
+        Ok(Self { read_memory, read_blocks })
     }
 }
 
 impl Kernels {
-    /// Reads `data` once and folds its 32-bit words into the u32 at `checksum` by exclusive or.
+    /// Reads `data` once and adds the sum of its 32-bit words to the u32 at `checksum`, modulo 2^32.
     ///
     /// # Errors
     /// `data` is no multiple of 16 bytes, or either range is misaligned or too short.
@@ -58,5 +74,48 @@ impl Kernels {
         let on_cpu = |params: &_| unsafe { cpu::read_memory(params) };
         // SAFETY: the parameters are those of the kernel; memory is the caller's promise.
         unsafe { self.launch(&self.read.read_memory, config, &params, stream, on_cpu) }
+    }
+
+    /// Reads K and V of every key that some query of a decode batch sees, each once, as
+    /// [`attention`](Self::attention) would: through the block tables, by the same load path and work list.
+    /// Adds the sum of their 32-bit words to the u32 at `checksum`, modulo 2^32. Queries are not read,
+    /// outputs and workspace not written.
+    ///
+    /// # Errors
+    /// As [`attention`](Self::attention); a batch with too many query rows for the decode kernel, a checksum
+    /// that is misaligned or too short.
+    ///
+    /// # Safety
+    /// As [`attention`](Self::attention); and nothing else accesses `checksum` until the stream has passed
+    /// the launch.
+    pub unsafe fn read_blocks(
+        &self,
+        args: &AttentionArgs,
+        checksum: Span,
+        stream: StreamRef<'_>,
+    ) -> Result<()> {
+        checksum.check(READ_BLOCKS, "the checksum", 4, 4)?;
+        if args.num_tokens == 0 || args.num_seqs == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller's promise about the spans.
+        let Prepared { way, ctas, params } = unsafe { self.prepare(args, stream)? };
+        if !matches!(way, Way::Decode { .. }) {
+            let supported = "what the decode kernel takes";
+            return Err(Error::unsupported(READ_BLOCKS, "max_q_len", args.max_q_len, supported));
+        }
+        let shape = args.kv.shape;
+        let params =
+            hkv_read_blocks_params { attention: params, checksum: checksum.address as *mut _ };
+        let e4m3 = usize::from(shape.dtype == Dtype::E4m3);
+        let dim = HEAD_DIMS.iter().position(|&dim| dim == shape.head_dim).unwrap_or_default();
+        let kernel = &self.read.read_blocks[e4m3][dim];
+        let config = self.decode_config(ctas, &shape, DECODE_ROWS);
+        let on_cpu = move |params: &_| {
+            // SAFETY: runs when the stream gets to it, while the caller's promise holds.
+            unsafe { cpu::read_blocks(params, shape.dtype, shape.head_dim as usize) }
+        };
+        // SAFETY: the parameters are those of the kernel; memory is the caller's promise.
+        unsafe { self.launch(kernel, config, &params, stream, on_cpu) }
     }
 }

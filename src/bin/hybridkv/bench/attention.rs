@@ -76,6 +76,7 @@ pub struct Attention<'a> {
     layers_per_round: usize,
     /// One output per layer of a round.
     out: DeviceBuffer,
+    pool: DeviceBuffer,
     /// What the arguments point to.
     _buffers: Vec<DeviceBuffer>,
 }
@@ -207,10 +208,10 @@ impl<'a> Attention<'a> {
             args.workspace = workspace.span();
         }
         let mut buffers = Vec::from(buffers);
-        buffers.extend([pool, workspace]);
+        buffers.push(workspace);
         let layers_per_round = batch.layers_per_round;
         let work =
-            Self { kernels, calls, classes, plans, layers_per_round, out, _buffers: buffers };
+            Self { kernels, calls, classes, plans, layers_per_round, out, pool, _buffers: buffers };
         let stream = device.stream()?;
         work.plan(stream.as_ref())?;
         stream.as_ref().synchronize()?;
@@ -261,5 +262,76 @@ impl Workload for Attention<'_> {
             unsafe { self.kernels.attention(&AttentionArgs { plan, ..*args }, stream)? };
         }
         Ok(())
+    }
+}
+
+/// The reads of such work alone.
+pub struct BlockReads<'a> {
+    attention: Attention<'a>,
+    checksum: DeviceBuffer,
+}
+
+impl<'a> BlockReads<'a> {
+    /// Sets the work up; `None` when the device has too little memory for it.
+    pub fn new(kernels: &'a Kernels, batch: &Batch<'_>, rng: &mut Rng) -> Result<Option<Self>> {
+        let checksum = kernels.device().upload(&[0u32])?;
+        let attention = Attention::new(kernels, batch, rng)?;
+        Ok(attention.map(|attention| Self { attention, checksum }))
+    }
+
+    /// Whether a read of every layer reads every key and value of the pool, once. Every key must be seen, and
+    /// the last block of every sequence be full.
+    ///
+    /// # Errors
+    /// `Corrupt` when not: what was timed was not the read of all blocks.
+    pub fn check(&self) -> Result<()> {
+        let stream = self.attention.kernels.device().stream()?;
+        let before = self.checksum.download::<u32>()?[0];
+        for round in 0..self.rounds() {
+            self.submit(round, stream.as_ref())?;
+        }
+        stream.as_ref().synchronize()?;
+        let blocks = self.checksum.download::<u32>()?[0].wrapping_sub(before);
+        let pool = self.words_of_pool(stream.as_ref())?;
+        if blocks == pool {
+            return Ok(());
+        }
+        let message = format!(
+            "the words of all blocks add up to {blocks:#x}, those of the pool to {pool:#x}"
+        );
+        Err(Error::new(OP, ErrorKind::Corrupt(message)))
+    }
+
+    /// The sum of the words of all keys and values in the pool.
+    fn words_of_pool(&self, stream: StreamRef<'_>) -> Result<u32> {
+        let Attention { kernels, calls, pool, .. } = &self.attention;
+        let kv = &calls[0].kv;
+        let slot_words = kv.shape.token_bytes() * kv.block_size as usize / 4;
+        let element_words = kv.shape.element_bytes() * kv.block_size as usize / 4;
+        if slot_words == element_words {
+            let sum = kernels.device().upload(&[0u32])?;
+            // SAFETY: both buffers live until the stream is synchronised.
+            unsafe { kernels.read_memory(pool.span(), sum.span(), stream)? };
+            stream.synchronize()?;
+            return Ok(sum.download::<u32>()?[0]);
+        }
+        // Layer slots of 8-bit elements end with room for scales.
+        let words = pool.download::<u32>()?;
+        let elements = words.chunks(slot_words).flat_map(|slot| &slot[..element_words]);
+        Ok(elements.fold(0, |sum, &word| sum.wrapping_add(word)))
+    }
+}
+
+impl Workload for BlockReads<'_> {
+    fn rounds(&self) -> usize {
+        self.attention.calls.len()
+    }
+
+    fn submit(&self, round: usize, stream: StreamRef<'_>) -> Result<()> {
+        let args = self.attention.calls[round];
+        let args = AttentionArgs { plan: args.plan.map(Plan::early), ..args };
+        // SAFETY: the buffers live as long as `self`, and `measure` waits before it returns. The launch before
+        // writes nothing but the checksum, which is added to by atomics.
+        unsafe { self.attention.kernels.read_blocks(&args, self.checksum.span(), stream) }
     }
 }

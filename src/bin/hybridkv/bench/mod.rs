@@ -20,9 +20,9 @@ use hybridkv::ops::{CtaQuota, Kernels};
 use crate::open_device;
 use crate::random::Rng;
 use crate::report::{Report, Row};
-use attention::{Attention, Batch, layers_beyond_l2};
+use attention::{Attention, Batch, BlockReads, layers_beyond_l2};
 use planning::Planning;
-use suites::{AttentionCase, DECODE, FRAGMENTS, PLANS, PREFILL, STEPS};
+use suites::{AttentionCase, DECODE, FRAGMENTS, PLANS, PREFILL, READS, STEPS};
 use timing::{Timing, Workload, measure};
 use workload::{Arenas, Direction, EngineCopy, Move, Read};
 
@@ -121,6 +121,7 @@ impl Bench<'_> {
             Suite::Decode => {
                 self.memory_limits()?;
                 header();
+                self.block_reads()?;
                 self.attention(DECODE)?;
                 self.steps()?;
                 self.plans()?;
@@ -188,6 +189,30 @@ impl Bench<'_> {
         Ok(())
     }
 
+    /// The reads of attention without its arithmetic, one launch per case and layer.
+    fn block_reads(&mut self) -> Result<()> {
+        let filter = self.filter;
+        for case in READS.iter().filter(|case| case.name().contains(filter)) {
+            let (name, shape) = (case.name(), case.on(self.device));
+            let (model, lengths) = (shape.model(2), shape.lengths());
+            let batch = Batch::of(&model, &lengths, &shape);
+            let Some(timing) = self.time(&name, |bench| {
+                let Some(work) = BlockReads::new(bench.kernels, &batch, &mut bench.rng)? else {
+                    return Ok(None);
+                };
+                let timing = bench.measure(&work)?;
+                work.check()?;
+                Ok(Some(timing))
+            }) else {
+                continue;
+            };
+            let mut row = self.read_row(name, batch.bytes(), timing);
+            row.goal = row.limit.and_then(|limit| case.goal(&self.report.device, limit));
+            self.add(row, timing);
+        }
+        Ok(())
+    }
+
     /// One launch per case and layer.
     fn attention(&mut self, cases: &[AttentionCase]) -> Result<()> {
         let (read_limit, filter) = (self.report.limits["hbm_read_gbps"], self.filter);
@@ -224,7 +249,7 @@ impl Bench<'_> {
 
     /// All layers of a model in one graph.
     fn steps(&mut self) -> Result<()> {
-        let (read_limit, filter) = (self.report.limits["hbm_read_gbps"], self.filter);
+        let filter = self.filter;
         for case in STEPS.iter().filter(|case| case.name().contains(filter)) {
             let (model, lengths) = (case.model()?, case.lengths(self.device));
             let batch = Batch {
@@ -234,17 +259,8 @@ impl Bench<'_> {
                 block_size: 16,
                 layers_per_round: model.layers.len(),
             };
-            let bytes = batch.bytes();
             let Some(timing) = self.time_attention(&case.name(), &batch) else { continue };
-            let row = Row {
-                case: case.name(),
-                ours: timing.us,
-                unit: "us".to_owned(),
-                gbps: Some(bytes / timing.us / 1e3),
-                limit: Some(bytes / read_limit / 1e3),
-                ..Row::default()
-            };
-            self.add(row, timing);
+            self.add(self.read_row(case.name(), batch.bytes(), timing), timing);
         }
         Ok(())
     }
@@ -262,18 +278,38 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// Times attention and checks that it happened. `None`, and a row that says why, where the device has
-    /// too little memory or no kernel for it, or it fails: the other cases are still worth their time.
+    /// A time beside that of a read of as many bytes at the machine's limit.
+    fn read_row(&self, case: String, bytes: f64, timing: Timing) -> Row {
+        Row {
+            case,
+            ours: timing.us,
+            unit: "us".to_owned(),
+            gbps: Some(bytes / timing.us / 1e3),
+            limit: Some(bytes / self.report.limits["hbm_read_gbps"] / 1e3),
+            ..Row::default()
+        }
+    }
+
+    /// Times attention and checks that it happened.
     fn time_attention(&mut self, case: &str, batch: &Batch<'_>) -> Option<Timing> {
-        let mut time = || -> Result<Option<Timing>> {
-            let Some(work) = Attention::new(self.kernels, batch, &mut self.rng)? else {
+        self.time(case, |bench| {
+            let Some(work) = Attention::new(bench.kernels, batch, &mut bench.rng)? else {
                 return Ok(None);
             };
-            let timing = measure(self.device, &work, self.seconds, &mut || self.clocks.sample())?;
+            let timing = bench.measure(&work)?;
             work.check()?;
             Ok(Some(timing))
-        };
-        let (pass, note) = match time() {
+        })
+    }
+
+    /// The time of a case. `None`, and a row that says why, where the device has too little memory or no
+    /// kernel for it, or it fails: the other cases are still worth their time.
+    fn time(
+        &mut self,
+        case: &str,
+        time: impl FnOnce(&mut Self) -> Result<Option<Timing>>,
+    ) -> Option<Timing> {
+        let (pass, note) = match time(self) {
             Ok(Some(timing)) => return Some(timing),
             Ok(None) => (true, "skipped: too little device memory".to_owned()),
             Err(error) => match error.kind() {

@@ -245,6 +245,59 @@ pub const DECODE: &[AttentionCase] = &[
     decode(MIXED, GQA, None, Goal::TimesTheLast(1.05)),
 ];
 
+/// The read of blocks in random order by the load path of decode, without its arithmetic.
+#[derive(Debug, Clone, Copy)]
+pub struct ReadCase {
+    shape: AttentionShape,
+    /// Shares of the read limit to reach on an H100 and on an H200.
+    goal: (f64, f64),
+}
+
+impl ReadCase {
+    /// `read_blocks/b<block size>[/<KV heads>][/<kv dtype>]`; one KV head and bf16 are left out.
+    pub fn name(&self) -> String {
+        let mut name = format!("read_blocks/b{}", self.shape.block_size);
+        if self.shape.heads.1 > 1 {
+            name += &format!("/{}", self.shape.heads.1);
+        }
+        if self.shape.kv != Dtype::Bf16 {
+            name += &format!("/{}", kv_name(self.shape.kv));
+        }
+        name
+    }
+
+    /// The shape to run on a device: on the CPU a tiny one.
+    pub fn on(&self, device: &Device) -> AttentionShape {
+        let batch: &'static [(usize, usize)] = &[(1, 128)];
+        if device.is_cuda() { self.shape } else { AttentionShape { batch, ..self.shape } }
+    }
+
+    /// The goal on this GPU, where the limit gives `limit` microseconds.
+    pub fn goal(&self, device: &str, limit: f64) -> Option<f64> {
+        let (h100, h200) = self.goal;
+        let known = [("H200", h200), ("H100", h100)];
+        known.iter().find(|(name, _)| device.contains(name)).map(|(_, share)| limit / share)
+    }
+}
+
+const fn read(
+    tokens: &'static [(usize, usize)],
+    shape: AttentionShape,
+    goal: (f64, f64),
+) -> ReadCase {
+    ReadCase { shape: AttentionShape { batch: tokens, ..shape }, goal }
+}
+
+/// A gigabyte each.
+#[rustfmt::skip]
+pub const READS: &[ReadCase] = &[
+    read(&[(1, 2 * M)], SCOUT, (0.98, 0.97)),
+    read(&[(1, 2 * M)], AttentionShape { block_size: 64, ..SCOUT }, (0.99, 0.985)),
+    read(&[(1, M / 4)], GQA, (0.98, 0.97)),
+    read(&[(1, M / 4)], AttentionShape { block_size: 64, ..GQA }, (0.99, 0.985)),
+    read(&[(1, 4 * M)], fp8(SCOUT), (0.977, 0.963)),
+];
+
 /// Prefill: bound by the tensor cores.
 #[rustfmt::skip]
 pub const PREFILL: &[AttentionCase] = &[
