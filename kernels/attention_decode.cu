@@ -60,6 +60,7 @@ class Decode {
   static constexpr int kKeyTiles = kSliceTokens / 16;
   static constexpr int kSteps = Layout::kRowBytes / 32;
   static constexpr int kFragments = Keys::kFragments;
+  static constexpr int kParts = Element<Operand>::kWeightParts;
   static constexpr int kRows = 8 * kQueryTiles;
   static constexpr int kVectors = kDim / 4;  // pieces of a row
   // Rows of a warp's output in shared memory, in floats: padded so that the lanes' writes do not
@@ -225,7 +226,7 @@ class Decode {
       if (in_tree || !tiles.is_clear(tile)) mask(p, meeting, row0, tile, score);
       state.raise(score, scale);
 
-      uint32_t weight[kKeyTiles][kQueryTiles][2];
+      uint32_t weight[kKeyTiles][kQueryTiles][kParts][2];
 #pragma unroll
       for (int kt = 0; kt < kKeyTiles; ++kt) {
 #pragma unroll
@@ -237,8 +238,15 @@ class Decode {
             state.sum[qt][i % 2] += w[i];
             if (scaled_tokens) w[i] *= state.unit.share(value_scale[kt][i / 2]);
           }
-          weight[kt][qt][0] = movmatrix_trans(Element<Operand>::pack(w[0], w[1]));
-          weight[kt][qt][1] = movmatrix_trans(Element<Operand>::pack(w[2], w[3]));
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const uint32_t pair = Element<Operand>::pack(w[2 * h], w[2 * h + 1]);
+            weight[kt][qt][0][h] = movmatrix_trans(pair);
+            if constexpr (kParts == 2) {
+              const uint32_t rest = Element<Operand>::pack_rest(w[2 * h], w[2 * h + 1], pair);
+              weight[kt][qt][1][h] = movmatrix_trans(rest);
+            }
+          }
         }
       }
       const uint32_t values = ring.next_values() + value_lane;
@@ -252,9 +260,12 @@ class Decode {
 #pragma unroll
           for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
-            for (int qt = 0; qt < kQueryTiles; ++qt) {
-              Element<Operand>::mma(state.output[qt][step * kFragments + f], a[f],
-                                    weight[kt][qt][0], weight[kt][qt][1]);
+            for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+              for (int qt = 0; qt < kQueryTiles; ++qt) {
+                Element<Operand>::mma(state.output[qt][step * kFragments + f], a[f],
+                                      weight[kt][qt][part][0], weight[kt][qt][part][1]);
+              }
             }
           }
         }
@@ -416,7 +427,7 @@ class Decode {
                                      int first_row, int num_rows, uint8_t* shared,
                                      Meeting& meeting) {
     constexpr int kSumsBytes = sizeof(float2) * kMergeRows;
-    constexpr int kBatch = 4;
+    constexpr int kBatch = kCtas > 2 ? 4 : 8;  // what registers reach for
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
     const int pieces = num_rows * kVectors;
@@ -431,9 +442,10 @@ class Decode {
         const PartState& state = states[(first + n * kDecodeWarps) * stride];
         const uint32_t to = ring_shared + n * staged_bytes + lane * 16;
         if (lane * 16 < kSumsBytes) cp_async_16(to, &state.sums[first_row + lane * 2], true);
-#pragma unroll 1
-        for (int i = lane; i < pieces; i += 32) {
-          cp_async_16(to + kSumsBytes + (i - lane) * 16, state.output[first_row] + i, true);
+#pragma unroll(kCtas > 2 ? 1 : kMergePieces)
+        for (int u = 0; u < kMergePieces; ++u) {
+          const int i = lane + u * 32;
+          if (i < pieces) cp_async_16(to + kSumsBytes + u * 512, state.output[first_row] + i, true);
         }
       }
       cp_async_commit();
