@@ -11,7 +11,8 @@
 // given, what is supported and what to do. After a failure nothing has been launched and nothing
 // was written.
 //
-// Handles may be used from any thread. A kernels handle keeps its device alive.
+// Handles may be used from any thread, a manager by one at a time. A kernels handle keeps its
+// device alive.
 //
 // Conventions
 //   strides count elements; a shape in brackets is row-major unless strides are given beside it
@@ -28,7 +29,7 @@ extern "C" {
 #endif
 
 // Changes when a struct or a function here changes. Compare with hkv_abi_version().
-#define HKV_ABI_VERSION 3u
+#define HKV_ABI_VERSION 4u
 
 // What a call came to.
 typedef enum hkv_status {
@@ -41,6 +42,8 @@ typedef enum hkv_status {
   HKV_OUT_OF_MEMORY = 6,
   HKV_CUDA_ERROR = 7,      // a driver call failed
   HKV_INTERNAL_ERROR = 8,  // a bug of the library
+  HKV_NO_BLOCKS = 9,       // not enough free blocks or slots now; nothing has changed
+  HKV_NOT_READY = 10,      // transfers have to end first; nothing has changed
 } hkv_status;
 
 // Element types of queries, keys, values and outputs.
@@ -197,8 +200,8 @@ typedef struct hkv_attention_args {
   uint32_t reserved;      // zero
 } hkv_attention_args;
 
-// Arguments of hkv_plan: layers of one *window class*, the same kind, extent and sink tokens, see the
-// same keys and share a plan.
+// Arguments of hkv_plan: layers of one *window class*, the same kind, extent and sink tokens, see
+// the same keys and share a plan.
 typedef struct hkv_plan_args {
   uint64_t struct_bytes;  // sizeof(hkv_plan_args)
   // [num_classes], at most 8: the arguments with which one layer of each class will be attended, of
@@ -207,10 +210,11 @@ typedef struct hkv_plan_args {
   const hkv_attention_args* classes;
   hkv_span memory;  // device, hkv_plan_memory() bytes; attention uses it until the next plan there
   uint32_t num_classes;
-  uint32_t batch_invariant;  // 1: the length of a sequence alone decides how it is cut, so that the
-                             // bits of its output do not depend on what else is in the batch, as
-                             // long as max_q_len is the same. Takes room for the parts of max_kv_len
-                             // tokens for every sequence. 0: sequences are cut by the batch
+  uint32_t
+      batch_invariant;  // 1: the length of a sequence alone decides how it is cut, so that the
+                        // bits of its output do not depend on what else is in the batch, as
+                        // long as max_q_len is the same. Takes room for the parts of max_kv_len
+                        // tokens for every sequence. 0: sequences are cut by the batch
 } hkv_plan_args;
 
 // Arguments of hkv_merge_states. Rows are (token, head) pairs.
@@ -314,6 +318,192 @@ hkv_status hkv_merge_states(const hkv_kernels* kernels, const hkv_merge_args* ar
 
 // Copies every fragment of a table, between device and pinned host memory in any direction.
 hkv_status hkv_move_blocks(const hkv_kernels* kernels, const hkv_move_args* args, void* stream);
+
+// The manager: which blocks every sequence has in which tier, and what has to be moved. It touches
+// no memory but its own, starts no thread and reads no clock: its caller runs the transfers that it
+// hands out and says how they ended.
+typedef struct hkv_manager hkv_manager;
+
+// What a lookup found: the longest prefix that every layer group can serve.
+typedef struct hkv_hit {
+  uint64_t tokens;         // over all tiers
+  uint64_t device_tokens;  // from the device alone
+  uint64_t host_tokens;    // from device and host
+} hkv_hit;
+
+// What an allocation gave.
+typedef struct hkv_allocation {
+  uint64_t hit_tokens;  // tokens that need not be computed, once every load has succeeded
+  uint64_t device_hit_tokens;
+  uint64_t host_hit_tokens;  // on the device or on the host
+  uint64_t num_tokens;       // tokens that have slots
+  uint64_t num_loads;        // blocks to wait for, or to run behind; 0: ready now
+} hkv_allocation;
+
+enum hkv_direction {
+  HKV_OFFLOAD = 0,  // device to host, behind all work submitted so far
+  HKV_ONBOARD = 1,  // host to device, behind all work submitted so far
+  HKV_PERSIST = 2,  // host to storage
+  HKV_FETCH = 3,    // storage to host
+};
+
+// One block to move. To be answered once by hkv_manager_complete.
+typedef struct hkv_transfer {
+  uint64_t id;
+  uint64_t seq;        // the sequence that waits for it, if has_seq
+  uint32_t has_seq;    // 1 or 0
+  uint32_t direction;  // enum hkv_direction
+  uint32_t group;      // layer group of the block
+  uint32_t from;       // index of the block or slot in its tier
+  uint32_t to;
+  uint32_t reserved;
+  uint8_t hash[16];  // with the group, the key of the block
+} hkv_transfer;
+
+// One block to copy inside the device pool, on the compute stream, in the order given.
+typedef struct hkv_block_copy {
+  uint32_t group;
+  uint32_t from;
+  uint32_t to;
+} hkv_block_copy;
+
+enum hkv_completion_kind {
+  HKV_COMPLETION_NONE = 0,     // nothing to say of a sequence
+  HKV_COMPLETION_READY = 1,    // all its loads have ended: its first valid_tokens tokens are valid
+  HKV_COMPLETION_DROPPED = 2,  // a load failed, and it has been freed; allocate it again
+  HKV_COMPLETION_VOID = 3,     // the same, and what it computed behind its loads is void
+};
+
+// What became of a sequence.
+typedef struct hkv_completion {
+  uint32_t kind;  // enum hkv_completion_kind
+  uint32_t reserved;
+  uint64_t seq;
+  uint64_t valid_tokens;
+} hkv_completion;
+
+enum hkv_tier {
+  HKV_DEVICE = 0,
+  HKV_HOST = 1,
+  HKV_STORAGE = 2,
+};
+
+enum hkv_event_kind {
+  HKV_STORED = 0,   // the tier has the block now
+  HKV_REMOVED = 1,  // it has it no longer
+  HKV_CLEARED = 2,  // it has none of the group; index and hash are zero
+};
+
+// A change of what a tier has.
+typedef struct hkv_event {
+  uint32_t kind;   // enum hkv_event_kind
+  uint32_t tier;   // enum hkv_tier
+  uint32_t group;  // layer group
+  uint32_t index;  // of the block in its sequence
+  uint8_t hash[16];
+} hkv_event;
+
+// New tokens of one sequence in a step.
+typedef struct hkv_slice {
+  uint64_t seq;
+  uint32_t start;   // absolute position of the first of them
+  uint32_t tokens;  // how many; hkv_manager_allocate or _append has given them slots
+} hkv_slice;
+
+// The arrays of one step, in the caller's host memory, as hkv_append and hkv_attention take them: S
+// sequences, T new tokens, G layer groups of attention, whose tables come first.
+typedef struct hkv_step_args {
+  uint64_t struct_bytes;  // sizeof(hkv_step_args)
+  const hkv_slice* seqs;  // [S]
+  int32_t* qo_indptr;     // [S + 1]
+  int32_t* kv_len;        // [S]
+  int64_t* slot_mapping;  // [G, T]
+  int64_t* block_row;     // [G, S]
+  int32_t* first_block;   // [G, S]
+  uint32_t*
+      block_ids;  // [max_block_ids]; NULL to learn how many there are: nothing is written then
+  uint64_t max_block_ids;  // fewer than there are: refused, nothing is written
+  uint32_t num_seqs;       // S
+  uint32_t num_groups;     // G
+  uint32_t num_tokens;     // T, the sum of the slices
+  uint32_t reserved;       // zero
+} hkv_step_args;
+
+// Creates a manager from JSON:
+//   {"groups": [{"kind": "full"}, {"kind": "sliding", "window": 1024}, {"kind": "chunked",
+//     "chunk": 8192, "sink_tokens": 4, "block_size": 32}, {"kind": "state"}],
+//    "block_size": 16, "num_blocks": 4096, "max_model_len": 32768, "in_flight_tokens": 8192,
+//    "prefix_caching": true, "eviction": "reuse", "identity": "model, revision, dtype, layout",
+//    "retention": {"interval": 0, "slack": null, "dense_chunks": false, "ends": true},
+//    "host": {"num_slots": 8192, "write": "through", "uses": 2, "eviction": "lru"},
+//    "storage": {"num_slots": 65536, "eviction": "lru"}}
+// groups, num_blocks and max_model_len are required; the others are shown with what they are
+// without them, but that there is no host and no storage, and that a group has the block_size of
+// all. An interval of null keeps all tails, a slack of null goes by the kind of the group, a number
+// is of alignment units. write is through, selective (once "uses" sequences had a block) or back.
+hkv_status hkv_manager_create(const char* config, hkv_manager** manager);
+
+// Gives up a manager. NULL is ignored.
+void hkv_manager_destroy(hkv_manager* manager);
+
+// The longest prefix of a prompt that could be served now; nothing is pinned. salt and lora may be
+// NULL.
+hkv_status hkv_manager_lookup(const hkv_manager* manager, const uint32_t* tokens,
+                              uint64_t num_tokens, const char* salt, const char* lora,
+                              hkv_hit* hit);
+
+// Begins a sequence: looks its prompt up and pins the hit in one act, and takes blocks for the next
+// budget tokens of it (0: for all); the rest follows by hkv_manager_append. Everything or nothing.
+hkv_status hkv_manager_allocate(hkv_manager* manager, uint64_t seq, const uint32_t* tokens,
+                                uint64_t num_tokens, uint64_t budget, const char* salt,
+                                const char* lora, hkv_allocation* allocation);
+
+// Adds tokens to a sequence, or changes nothing.
+hkv_status hkv_manager_append(hkv_manager* manager, uint64_t seq, const uint32_t* tokens,
+                              uint64_t num_tokens);
+
+// Writes the arrays of a step and gives the number of block ids in them.
+hkv_status hkv_manager_step(const hkv_manager* manager, const hkv_step_args* args,
+                            uint64_t* num_block_ids);
+
+// Says that the work computing the first computed tokens has been submitted and that of the first
+// settled has ended.
+hkv_status hkv_manager_advance(hkv_manager* manager, uint64_t seq, uint64_t computed,
+                               uint64_t settled);
+
+// Lets the steps of a sequence be submitted while its loads are under way, each layer behind its
+// own part of them.
+hkv_status hkv_manager_overlap(hkv_manager* manager, uint64_t seq);
+
+// Ends a sequence.
+hkv_status hkv_manager_free(hkv_manager* manager, uint64_t seq);
+
+// Ends a sequence whose step failed. dependents [max_dependents] gets the other sequences that hold
+// what it did not finish, which are to be aborted, too; give it room for all.
+hkv_status hkv_manager_abort(hkv_manager* manager, uint64_t seq, uint64_t* dependents,
+                             uint64_t max_dependents, uint64_t* num_dependents);
+
+// The next copies and transfers to start, up to so many; num is 0 when there are none. All copies
+// are to be taken before transfers are given out.
+hkv_status hkv_manager_copies(hkv_manager* manager, hkv_block_copy* copies, uint64_t max,
+                              uint64_t* num);
+hkv_status hkv_manager_transfers(hkv_manager* manager, hkv_transfer* transfers, uint64_t max,
+                                 uint64_t* num);
+
+// Says how a transfer ended (succeeded: 1 or 0), and learns what that means for a sequence.
+hkv_status hkv_manager_complete(hkv_manager* manager, uint64_t id, uint32_t succeeded,
+                                hkv_completion* completion);
+
+// What else there is to say: to be asked after every hkv_manager_complete and hkv_manager_tick,
+// until it is HKV_COMPLETION_NONE.
+hkv_status hkv_manager_next_completion(hkv_manager* manager, hkv_completion* completion);
+
+// Says what time it is, in nanoseconds of any clock.
+hkv_status hkv_manager_tick(hkv_manager* manager, uint64_t now);
+
+// Starts (on: 1) or stops the recording of events; takes the oldest, up to so many.
+hkv_status hkv_manager_record_events(hkv_manager* manager, uint32_t on);
+hkv_status hkv_manager_events(hkv_manager* manager, hkv_event* events, uint64_t max, uint64_t* num);
 
 #ifdef __cplusplus
 }

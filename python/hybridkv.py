@@ -15,19 +15,28 @@ has passed the operation.
     args.workspace = hybridkv.span(torch.empty(kernels.attention_workspace(args), ...))
     kernels.attention(args, stream)
 
+`Manager` says which blocks every sequence has in which tier and what has to be moved.
+
 Shapes, letters and meanings are those of include/hybridkv.h. Failures raise `Error`.
 """
 
 import ctypes
+import json
 import os
 import pathlib
+from array import array
 from ctypes import (
-    POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p, sizeof,
+    POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_uint8, c_uint32, c_uint64, c_void_p,
+    sizeof,
 )
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 BF16, F16, F32, E4M3 = 0, 1, 2, 3
 FULL, SLIDING, CHUNKED = 0, 1, 2
+OFFLOAD, ONBOARD, PERSIST, FETCH = 0, 1, 2, 3
+READY, DROPPED, VOID = 1, 2, 3
+DEVICE, HOST, STORAGE = 0, 1, 2
+STORED, REMOVED, CLEARED = 0, 1, 2
 
 _DTYPES = {
     "torch.bfloat16": BF16, "torch.float16": F16, "torch.float32": F32,
@@ -132,6 +141,66 @@ class MergeArgs(Structure):
 class MoveArgs(Structure):
     _fields_ = [
         ("struct_bytes", c_uint64), ("copies", Span), ("num_copies", c_uint64), ("max_ctas", c_uint32),
+        ("reserved", c_uint32),
+    ]
+
+
+class Hit(Structure):
+    """Tokens that a lookup found: over all tiers, on the device, on device and host."""
+
+    _fields_ = [("tokens", c_uint64), ("device_tokens", c_uint64), ("host_tokens", c_uint64)]
+
+
+class Allocation(Structure):
+    """What an allocation gave; with `num_loads` of 0 the sequence is ready now."""
+
+    _fields_ = [
+        ("hit_tokens", c_uint64), ("device_hit_tokens", c_uint64), ("host_hit_tokens", c_uint64),
+        ("num_tokens", c_uint64), ("num_loads", c_uint64),
+    ]
+
+
+class Transfer(Structure):
+    """One block to move, to be answered once by `Manager.complete`."""
+
+    _fields_ = [
+        ("id", c_uint64), ("seq", c_uint64), ("has_seq", c_uint32), ("direction", c_uint32),
+        ("group", c_uint32), ("source", c_uint32), ("target", c_uint32), ("reserved", c_uint32),
+        ("hash", c_uint8 * 16),
+    ]
+
+
+class BlockCopy(Structure):
+    """One block to copy inside the device pool, on the compute stream."""
+
+    _fields_ = [("group", c_uint32), ("source", c_uint32), ("target", c_uint32)]
+
+
+class Completion(Structure):
+    """What became of a sequence: READY, DROPPED or VOID."""
+
+    _fields_ = [("kind", c_uint32), ("reserved", c_uint32), ("seq", c_uint64), ("valid_tokens", c_uint64)]
+
+
+class Event(Structure):
+    """A change of what a tier has: STORED, REMOVED or CLEARED."""
+
+    _fields_ = [
+        ("kind", c_uint32), ("tier", c_uint32), ("group", c_uint32), ("index", c_uint32),
+        ("hash", c_uint8 * 16),
+    ]
+
+
+class _Slice(Structure):
+    _fields_ = [("seq", c_uint64), ("start", c_uint32), ("tokens", c_uint32)]
+
+
+class _StepArgs(Structure):
+    _fields_ = [
+        ("struct_bytes", c_uint64), ("seqs", POINTER(_Slice)), ("qo_indptr", c_void_p),
+        ("kv_len", c_void_p), ("slot_mapping", c_void_p), ("block_row", c_void_p),
+        ("first_block", c_void_p), ("block_ids", c_void_p), ("max_block_ids", c_uint64),
+        ("num_seqs", c_uint32), ("num_groups", c_uint32), ("num_tokens", c_uint32),
         ("reserved", c_uint32),
     ]
 
@@ -385,6 +454,123 @@ class Kernels:
             self._library.hkv_kernels_destroy(self._handle)
 
 
+class Manager:
+    """Which blocks every sequence has in which tier, and what has to be moved. `config` is a dictionary of the
+    fields that include/hybridkv.h shows. Used by one thread at a time."""
+
+    def __init__(self, config):
+        self._library, self._handle = library(), c_void_p()
+        _call("hkv_manager_create", json.dumps(config).encode(), byref(self._handle))
+
+    def lookup(self, tokens, salt="", lora=""):
+        """The longest prefix that could be served now; nothing is pinned."""
+        hit = Hit()
+        _call("hkv_manager_lookup", self._handle, *_tokens(tokens), salt.encode(), lora.encode(), byref(hit))
+        return hit
+
+    def allocate(self, seq, tokens, budget=0, salt="", lora=""):
+        """Begins a sequence, with blocks for its hit and the next `budget` tokens of its prompt (0: for all)."""
+        given = Allocation()
+        _call(
+            "hkv_manager_allocate", self._handle, c_uint64(seq), *_tokens(tokens), c_uint64(budget),
+            salt.encode(), lora.encode(), byref(given),
+        )
+        return given
+
+    def append(self, seq, tokens):
+        """Adds tokens to a sequence."""
+        _call("hkv_manager_append", self._handle, c_uint64(seq), *_tokens(tokens))
+
+    def step(self, slices, num_groups):
+        """The arrays of a step of (sequence, position of the first new token, new tokens) each, by their names in
+        the arguments of the operations."""
+        seqs = (_Slice * len(slices))(*(_Slice(*one) for one in slices))
+        tokens, count = sum(one[2] for one in slices), c_uint64()
+        args = _StepArgs(
+            struct_bytes=sizeof(_StepArgs), seqs=seqs, num_seqs=len(slices), num_groups=num_groups,
+            num_tokens=tokens,
+        )
+        _call("hkv_manager_step", self._handle, byref(args), byref(count))
+        rows = num_groups * len(slices)
+        arrays = {
+            "qo_indptr": array("i", bytes(4 * (len(slices) + 1))), "kv_len": array("i", bytes(4 * len(slices))),
+            "slot_mapping": array("q", bytes(8 * num_groups * tokens)), "block_row": array("q", bytes(8 * rows)),
+            "first_block": array("i", bytes(4 * rows)), "block_ids": array("I", bytes(4 * max(count.value, 1))),
+        }
+        for name, values in arrays.items():
+            setattr(args, name, values.buffer_info()[0])
+        args.max_block_ids = count.value
+        _call("hkv_manager_step", self._handle, byref(args), byref(count))
+        return arrays
+
+    def advance(self, seq, computed, settled):
+        """Says how far the work on a sequence has been submitted, and how far it has ended."""
+        _call("hkv_manager_advance", self._handle, c_uint64(seq), c_uint64(computed), c_uint64(settled))
+
+    def overlap(self, seq):
+        """Lets the steps of a sequence run behind its loads."""
+        _call("hkv_manager_overlap", self._handle, c_uint64(seq))
+
+    def free(self, seq):
+        """Ends a sequence."""
+        _call("hkv_manager_free", self._handle, c_uint64(seq))
+
+    def abort(self, seq, room=1024):
+        """Ends a sequence whose step failed; gives up to `room` others that are to be aborted, too."""
+        others, count = (c_uint64 * room)(), c_uint64()
+        _call("hkv_manager_abort", self._handle, c_uint64(seq), others, c_uint64(room), byref(count))
+        return others[:min(count.value, room)]
+
+    def copies(self):
+        """The copies to start, which go before all transfers."""
+        return self._drain("hkv_manager_copies", BlockCopy)
+
+    def transfers(self):
+        """The transfers to start."""
+        return self._drain("hkv_manager_transfers", Transfer)
+
+    def complete(self, transfer, succeeded=True):
+        """Says how a transfer (or its id) ended; gives what that means for sequences."""
+        told, said = [], Completion()
+        _call(
+            "hkv_manager_complete", self._handle, c_uint64(getattr(transfer, "id", transfer)),
+            c_uint32(bool(succeeded)), byref(said),
+        )
+        while said.kind:
+            told.append(said)
+            said = Completion()
+            _call("hkv_manager_next_completion", self._handle, byref(said))
+        return told
+
+    def tick(self, now):
+        """Says what time it is, in nanoseconds."""
+        _call("hkv_manager_tick", self._handle, c_uint64(now))
+
+    def record_events(self, on=True):
+        """Starts or stops the recording of events."""
+        _call("hkv_manager_record_events", self._handle, c_uint32(bool(on)))
+
+    def events(self):
+        """Events since the last call, oldest first."""
+        return self._drain("hkv_manager_events", Event)
+
+    def _drain(self, name, kind, at_once=256):
+        items, room, count = [], kind * at_once, c_uint64(1)
+        while count.value:
+            some = room()
+            _call(name, self._handle, some, c_uint64(at_once), byref(count))
+            items += some[:count.value]
+        return items
+
+    def __del__(self):
+        if getattr(self, "_handle", None):
+            self._library.hkv_manager_destroy(self._handle)
+
+
+def _tokens(tokens):
+    return (c_uint32 * len(tokens))(*tokens), c_uint64(len(tokens))
+
+
 _loaded = None
 
 
@@ -401,7 +587,7 @@ def library():
         loaded = ctypes.CDLL(str(path))
         for name in ["hkv_last_error", "hkv_version", "hkv_status_name", "hkv_device_name"]:
             getattr(loaded, name).restype = c_char_p
-        for name in ["hkv_device_destroy", "hkv_kernels_destroy", "hkv_device_name"]:
+        for name in ["hkv_device_destroy", "hkv_kernels_destroy", "hkv_manager_destroy", "hkv_device_name"]:
             getattr(loaded, name).argtypes = [c_void_p]
         if loaded.hkv_abi_version() != ABI_VERSION:
             raise OSError(f"{path} has ABI version {loaded.hkv_abi_version()}, not {ABI_VERSION}")

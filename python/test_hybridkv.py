@@ -126,5 +126,86 @@ class OnTheCpu(unittest.TestCase):
             self.kernels.move_blocks(hkv.move_args((hkv.Copy * 1)(), 2))
 
 
+class Managing(unittest.TestCase):
+    CONFIG = {
+        "groups": [{"kind": "full"}, {"kind": "chunked", "chunk": 64}], "num_blocks": 17,
+        "max_model_len": 112, "in_flight_tokens": 64, "host": {"num_slots": 32},
+    }
+
+    def setUp(self):
+        self.manager = hkv.Manager(self.CONFIG)
+
+    def run_all(self, fails=None):
+        told = []
+        while transfers := self.manager.transfers():
+            for transfer in transfers:
+                succeeds = transfer.direction != fails
+                told += self.manager.complete(transfer, succeeds)
+        return told
+
+    def turn(self, seq, tokens):
+        given = self.manager.allocate(seq, tokens)
+        if given.num_loads:
+            with self.assertRaisesRegex(hkv.Error, "HKV_INVALID_ARGUMENT.*waits for"):
+                self.manager.append(seq, [1])
+            (told,) = self.run_all()
+            self.assertEqual((told.kind, told.seq, told.valid_tokens), (hkv.READY, seq, given.hit_tokens))
+        self.manager.advance(seq, len(tokens), len(tokens))
+        self.run_all()
+        return given
+
+    def test_a_conversation_goes_down_and_comes_back(self):
+        prompt = list(range(60))
+        self.manager.record_events()
+        self.assertEqual(self.turn(1, prompt).hit_tokens, 0)
+        arrays = self.manager.step([(1, 56, 4)], num_groups=2)
+        self.assertEqual((list(arrays["qo_indptr"]), list(arrays["kv_len"])), ([0, 4], [60]))
+        ids, row = arrays["block_ids"], arrays["block_row"]
+        for group in range(2):
+            last = ids[row[group] + 3 - arrays["first_block"][group]]
+            slots = arrays["slot_mapping"][4 * group:4 * group + 4]
+            self.assertEqual(list(slots), [16 * last + 8 + token for token in range(4)])
+        self.manager.append(1, [60, 61])
+        self.manager.advance(1, 62, 62)
+        self.assertEqual(self.manager.copies(), [])
+        self.manager.free(1)
+        stored = [event.tier for event in self.manager.events() if event.kind == hkv.STORED]
+        self.assertEqual((stored.count(hkv.DEVICE), stored.count(hkv.HOST)), (6, 6))
+
+        self.manager.allocate(2, list(range(500, 612)))
+        self.assertEqual(self.manager.abort(2), [])
+        hit = self.manager.lookup(prompt)
+        self.assertEqual((hit.tokens, hit.device_tokens, hit.host_tokens), (48, 0, 48))
+        self.assertEqual(self.manager.lookup(prompt, salt="another tenant").tokens, 0)
+        given = self.turn(3, prompt)
+        # Two of the six blocks are still on the device.
+        self.assertEqual((given.hit_tokens, given.num_loads), (48, 4))
+        self.manager.free(3)
+
+    def test_what_ran_behind_a_failed_load_is_void(self):
+        self.turn(1, list(range(60)))
+        self.manager.free(1)
+        self.manager.allocate(2, list(range(500, 612)))
+        self.manager.abort(2)
+        self.manager.allocate(3, list(range(60)))
+        with self.assertRaisesRegex(hkv.Error, "HKV_NOT_READY"):
+            self.manager.overlap(3)
+        loads = self.manager.transfers()
+        self.manager.overlap(3)
+        self.manager.advance(3, 60, 48)
+        told = [said for load in loads for said in self.manager.complete(load, load is not loads[1])]
+        self.assertEqual([(said.kind, said.seq) for said in told], [(hkv.VOID, 3)])
+
+    def test_refusals(self):
+        with self.assertRaisesRegex(hkv.Error, "HKV_INVALID_ARGUMENT.*unknown field `blocks`"):
+            hkv.Manager({"blocks": 3})
+        self.manager.allocate(1, list(range(112)))
+        with self.assertRaisesRegex(hkv.Error, "HKV_NO_BLOCKS"):
+            self.manager.allocate(2, list(range(500, 600)))
+        with self.assertRaisesRegex(hkv.Error, "sequence 9 is not known"):
+            self.manager.free(9)
+        self.manager.tick(5)
+
+
 if __name__ == "__main__":
     unittest.main()

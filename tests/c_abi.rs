@@ -40,16 +40,22 @@ fn folder() -> PathBuf {
 const STRICT: [&str; 5] = ["-Wall", "-Wextra", "-Werror", "-pedantic", "-Iinclude"];
 
 #[test]
-fn a_c99_program_drives_every_operation() {
+fn c99_programs_drive_every_operation_and_the_manager() {
+    drive("ops");
+    drive("manager");
+}
+
+/// Compiles a program of tests/c and runs it.
+fn drive(name: &str) {
     let Some(cc) = find("CC", "cc") else { return };
     let (library, folder) = (library(), folder());
-    let program = folder.join("ops");
+    let program = folder.join(name);
     let rpath = format!("-Wl,-rpath,{}", library.parent().unwrap_or(Path::new(".")).display());
     passes(
         Command::new(cc)
             .args(["-std=c99", "-O1"])
             .args(STRICT)
-            .args(["tests/c/ops.c", "-o"])
+            .args([&format!("tests/c/{name}.c"), "-o"])
             .args([&program, &library])
             .args([&rpath, "-lm"]),
     );
@@ -83,7 +89,7 @@ fn the_header_shares_the_vocabulary_of_the_kernels() {
 }
 
 #[test]
-fn python_drives_every_operation() {
+fn python_drives_every_operation_and_the_manager() {
     let Some(python) = find("PYTHON", "python3") else { return };
     passes(Command::new(python).arg("python/test_hybridkv.py").env("HYBRIDKV_LIB", library()));
 }

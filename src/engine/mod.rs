@@ -22,6 +22,7 @@ pub use fault::{Fault, FaultKind};
 pub use lane::{LaneStats, LoadMark};
 pub use parts::LayerwiseLoads;
 pub use storage::{BlockKey, BlockStore, Damage, FileStore, FileStoreConfig, SyncPolicy};
+pub(crate) use tables::map_slots;
 pub use tables::{Batch, BatchTables, SeqSlice};
 
 use std::sync::Arc;

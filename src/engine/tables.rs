@@ -184,7 +184,7 @@ impl BatchTables {
 }
 
 /// The slots of consecutive tokens from position `start` on; -1 where the table has no block.
-fn map_slots(table: &[BlockId], block_size: u32, start: u32, slots: &mut [i64]) {
+pub(crate) fn map_slots(table: &[BlockId], block_size: u32, start: u32, slots: &mut [i64]) {
     for (slot, position) in slots.iter_mut().zip(start..) {
         let block = table.get((position / block_size) as usize).filter(|id| **id != 0);
         *slot =

@@ -5,7 +5,9 @@
 
 #![allow(non_camel_case_types, reason = "the names are those of the header")]
 
+mod config;
 mod header;
+mod manager;
 
 use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_void};
@@ -62,6 +64,8 @@ fn status(kind: &ErrorKind) -> hkv_status {
         ErrorKind::NoKernels | ErrorKind::NoKernelImage { .. } => HKV_NO_KERNELS,
         ErrorKind::OutOfMemory { .. } => HKV_OUT_OF_MEMORY,
         ErrorKind::Cuda { .. } => HKV_CUDA_ERROR,
+        ErrorKind::NoFreeBlocks { .. } | ErrorKind::NoHostSlots { .. } => HKV_NO_BLOCKS,
+        ErrorKind::NotReady { .. } => HKV_NOT_READY,
         _ => HKV_INVALID_ARGUMENT,
     }
 }
@@ -88,6 +92,8 @@ extern "C" fn hkv_status_name(status: hkv_status) -> *const c_char {
         HKV_OUT_OF_MEMORY => c"HKV_OUT_OF_MEMORY",
         HKV_CUDA_ERROR => c"HKV_CUDA_ERROR",
         HKV_INTERNAL_ERROR => c"HKV_INTERNAL_ERROR",
+        HKV_NO_BLOCKS => c"HKV_NO_BLOCKS",
+        HKV_NOT_READY => c"HKV_NOT_READY",
         _ => c"unknown status",
     };
     name.as_ptr()
@@ -593,7 +599,7 @@ mod tests {
 
     #[test]
     fn every_status_has_its_name() {
-        for status in HKV_OK..=HKV_INTERNAL_ERROR {
+        for status in HKV_OK..=HKV_NOT_READY {
             // SAFETY: a static string.
             let name = unsafe { CStr::from_ptr(hkv_status_name(status)) }.to_string_lossy();
             let declared = include_str!("../../include/hybridkv.h")

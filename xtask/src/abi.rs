@@ -38,7 +38,8 @@ const MIRRORS: [Mirror; 2] = [
 #![allow(missing_docs, non_camel_case_types, rustdoc::broken_intra_doc_links, clippy::all)]
 
 ",
-        items: "hkv_(status|span|head_strides|kv|class_plan|[a-z]+_args)|HKV_ABI_VERSION",
+        items: "hkv_(status|span|head_strides|kv|class_plan|[a-z]+_args|hit|allocation|direction|transfer|\
+                block_copy|completion|completion_kind|tier|event|event_kind|slice)|HKV_ABI_VERSION",
     },
 ];
 
