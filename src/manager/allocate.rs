@@ -199,7 +199,7 @@ impl Manager {
             for b in group.needed(hit) {
                 let order = &mut self.device.pool.order;
                 if is_last_of_stride(b) && self.policy.remembers(g) {
-                    order.recall(tokens.hashes()[group.key_index(b)].key(g));
+                    order.recall(tokens.hashes()[group.key_index(b)].key(g), row[b] != NULL);
                 }
                 if row[b] != NULL {
                     order.hit(row[b]);
@@ -484,7 +484,7 @@ fn recall(
     };
     for last in (last_of_stride(b)..end).step_by(Order::STRIDE) {
         if policy.finds(group, boundaries, last) {
-            before = before.max(order.recall(hashes[group.key_index(last)].key(g)));
+            before = before.max(order.recall(hashes[group.key_index(last)].key(g), false));
         }
     }
     Known { end, before }

@@ -1,4 +1,4 @@
-//! Request traces in the Mooncake JSONL form.
+//! Request traces: in the Mooncake JSONL form, or generated.
 //!
 //! One request per line: `input_length`, `output_length` and `hash_ids`, one id per 512 prompt tokens
 //! (github.com/kvcache-ai/Mooncake, FAST25 release). Equal ids stand for equal tokens: the token at
@@ -27,10 +27,26 @@ struct Line {
     hash_ids: Vec<u64>,
 }
 
+/// A part of a prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Run {
+    /// Tokens of a text that is named by the key of its first one.
+    Text { first: u64, len: usize },
+    /// What a request before was answered.
+    Output { request: usize, len: usize },
+}
+
+/// A request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    pub prompt: Vec<Run>,
+    pub output_len: usize,
+}
+
 /// The requests of a trace, expanded one at a time.
 #[derive(Debug)]
 pub struct Trace {
-    lines: Vec<Line>,
+    requests: Vec<Request>,
     shrink: usize,
 }
 
@@ -60,18 +76,26 @@ impl Trace {
                 };
                 let line: Line = serde_json::from_str(line).map_err(|e| error(e.to_string()))?;
                 line.check().map_err(error)?;
-                Ok(line)
+                Ok(line.request())
             })
             .collect::<Result<Vec<_>>>()?;
-        if lines.is_empty() {
+        Self::new(lines, shrink)
+    }
+
+    /// A trace of these requests, of which `shrink` divides every length.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for none.
+    pub fn new(requests: Vec<Request>, shrink: usize) -> Result<Self> {
+        if requests.is_empty() {
             return Err(Error::invalid("trace", "the trace has no requests"));
         }
-        Ok(Self { lines, shrink })
+        Ok(Self { requests, shrink })
     }
 
     /// Requests.
     pub fn len(&self) -> usize {
-        self.lines.len()
+        self.requests.len()
     }
 
     /// Prompt of a request.
@@ -83,33 +107,59 @@ impl Trace {
 
     /// [`Self::prompt`] into memory that is used again.
     pub fn expand_prompt(&self, request: usize, prompt: &mut Vec<u32>) {
-        let line = &self.lines[request];
-        let block = (BLOCK / self.shrink) as u64;
         prompt.clear();
-        for &id in &line.hash_ids {
-            let first = id.wrapping_mul(BLOCK as u64);
-            prompt.extend(
-                (0..block).map(|p| (splitmix64(first.wrapping_add(p)) % PROMPT_VOCABULARY) as u32),
-            );
+        for &run in &self.requests[request].prompt {
+            match run {
+                Run::Text { first, len } => {
+                    let keys = (0..len.div_ceil(self.shrink) as u64).map(|p| first.wrapping_add(p));
+                    prompt.extend(keys.map(|key| (splitmix64(key) % PROMPT_VOCABULARY) as u32));
+                }
+                Run::Output { request, len } => {
+                    let len = len.div_ceil(self.shrink);
+                    prompt.extend((0..len).map(|j| output_token(request, j)));
+                }
+            }
         }
-        prompt.truncate(line.input_length.div_ceil(self.shrink));
     }
 
     /// Output tokens of a request.
     pub fn output_len(&self, request: usize) -> usize {
-        self.lines[request].output_length.div_ceil(self.shrink)
+        self.requests[request].output_len.div_ceil(self.shrink)
     }
 
     /// Tokens of the longest request, prompt and output.
     pub fn longest(&self) -> usize {
         (0..self.len())
-            .map(|i| self.lines[i].input_length.div_ceil(self.shrink) + self.output_len(i))
+            .map(|i| {
+                let runs = self.requests[i].prompt.iter();
+                let prompt: usize = runs.map(|run| run.len().div_ceil(self.shrink)).sum();
+                prompt + self.output_len(i)
+            })
             .max()
             .unwrap_or(0)
     }
 }
 
+impl Run {
+    pub fn len(&self) -> usize {
+        match *self {
+            Self::Text { len, .. } | Self::Output { len, .. } => len,
+        }
+    }
+}
+
 impl Line {
+    fn request(&self) -> Request {
+        let run = |(block, &id): (usize, &u64)| Run::Text {
+            first: id.wrapping_mul(BLOCK as u64),
+            len: BLOCK.min(self.input_length - block * BLOCK),
+        };
+        Request {
+            prompt: self.hash_ids.iter().enumerate().map(run).collect(),
+            output_len: self.output_length,
+        }
+    }
+
     fn check(&self) -> Result<(), String> {
         let Self { input_length, output_length, hash_ids } = self;
         if *input_length == 0 {

@@ -7,9 +7,12 @@
 //! NSDI 2018). So conversations that came back stay longer than those that may not, a scan passes through
 //! without harm, of a loop that does not fit a part stays, and where nothing is learned yet it is LRU.
 //!
+//! Where reuse is such that the past tells the wrong thing, LRU takes over (`duel.rs`).
+//!
 //! A class is one list. Ages are octaves: a list joins the next older one in constant time when the clock,
 //! which counts releases, has a fitting number of trailing zeros.
 
+use super::duel::Duel;
 use super::history::{Before, History, Memory};
 use super::{Entry, Lists, POLICY, Policy};
 
@@ -20,6 +23,8 @@ const LISTS: usize = USES * AGES;
 
 /// Ticks of the clock while as many blocks are released as the tier has.
 const TICKS_PER_TURNOVER: u32 = 256;
+/// Ticks for which LRU keeps what nobody uses, less what sequences in use take of the tier.
+const LRU_KEEPS: u32 = TICKS_PER_TURNOVER * 15 / 16;
 /// The worths are learned anew every so many ticks, and what was seen before counts for less by `DECAY`.
 const TICKS_PER_LESSON: u32 = 32;
 const DECAY: f64 = 0.995;
@@ -32,6 +37,7 @@ const PRIOR_USED: f64 = 0.25;
 
 pub(super) struct Reuse {
     history: History,
+    duel: Duel,
     /// Releases, and of them those per tick.
     clock: u64,
     unit: u64,
@@ -50,6 +56,7 @@ impl Reuse {
     pub fn new(len: u32) -> Self {
         let mut reuse = Self {
             history: History::new(len),
+            duel: Duel::default(),
             clock: 0,
             unit: u64::from(len / TICKS_PER_TURNOVER).max(1),
             now: 0,
@@ -87,6 +94,7 @@ impl Reuse {
     }
 
     fn learn(&mut self) {
+        self.duel.judge();
         // Contents still in sight count as lost sight of now, for this once.
         let mut lost = self.lost;
         for memory in self.history.sample(SAMPLE_LINES, self.now) {
@@ -113,10 +121,11 @@ impl Reuse {
         let occupied: [bool; LISTS] =
             std::array::from_fn(|list| self.waiting >> self.rank[list] & 1 != 0);
         // Of equal worth, the older first.
+        let lru = self.duel.lru_rules();
         self.ranked.sort_by(|&a, &b| {
-            worth[usize::from(a)]
-                .total_cmp(&worth[usize::from(b)])
-                .then((usize::from(b) % AGES).cmp(&(usize::from(a) % AGES)))
+            let by_worth = worth[usize::from(a)].total_cmp(&worth[usize::from(b)]);
+            let by_age = (usize::from(b) % AGES).cmp(&(usize::from(a) % AGES));
+            if lru { by_age.then(by_worth) } else { by_worth.then(by_age) }
         });
         for (rank, &list) in self.ranked.iter().enumerate() {
             self.rank[usize::from(list)] = rank as u8;
@@ -132,7 +141,7 @@ impl Policy for Reuse {
         LISTS
     }
 
-    fn used(&mut self, key: u64, _: &mut Lists) -> u8 {
+    fn used(&mut self, key: u64, hit: bool, _: &mut Lists) -> u8 {
         let sampled = self.history.line(key) < SAMPLE_LINES;
         let mut before = 0;
         let was = self.history.write(key, self.now, |memory| {
@@ -141,7 +150,8 @@ impl Policy for Reuse {
         });
         match was {
             Before::Same(Memory { age: a, info }) if sampled => {
-                self.used[class(info)][age(a)] += 1.0
+                self.duel.used(a < LRU_KEEPS, hit);
+                self.used[class(info)][age(a)] += 1.0;
             }
             Before::Other(Memory { age: a, info }) if sampled => {
                 self.lost[class(info)][age(a)] += 1.0
@@ -153,7 +163,9 @@ impl Policy for Reuse {
 
     fn place(&mut self, id: u32, lists: &mut Lists, entries: &mut [Entry]) {
         let entry = &entries[id as usize];
-        let list = Self::list(class(entry.uses.into()), 0);
+        // Under LRU one class has them all, so that nothing but age ranks them.
+        let class = if self.duel.lru_rules() { 0 } else { class(entry.uses.into()) };
+        let list = Self::list(class, 0);
         lists.push_back(POLICY + list, id);
         self.waiting |= 1 << self.rank[list];
         self.clock += 1;

@@ -401,7 +401,7 @@ impl SlotTier {
     fn remember(&mut self, slot: u32) {
         let Slot { hash, group, index, .. } = *self.slot(slot);
         if is_last_of_stride(index as usize) {
-            self.order.recall(hash.key(group.into()));
+            self.order.recall(hash.key(group.into()), true);
         }
     }
 

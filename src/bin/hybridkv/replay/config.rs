@@ -184,6 +184,12 @@ impl Config {
         Self::new(fields)
     }
 
+    /// The same with another eviction policy of the device pool.
+    #[cfg(test)]
+    pub fn with_eviction(self, eviction: Eviction) -> Self {
+        Self { eviction, ..self }
+    }
+
     /// What the manager is built from.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 
 mod config;
 mod figures;
+mod generate;
 mod memory;
 mod ops;
 mod requests;
@@ -30,8 +31,12 @@ pub struct Args {
     #[arg(default_value = "-", conflicts_with = "trace")]
     operations: String,
     /// A request trace in the Mooncake JSONL form, one request at a time at full speed.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", group = "source")]
     trace: Option<String>,
+    /// A generated workload instead of a trace: chat, agents, documents, loop, phases, recency, scans, each with
+    /// :REQUESTS[,SEED] behind it [default: 6000 requests, seed 7].
+    #[arg(long, value_name = "NAME", group = "source", conflicts_with = "operations")]
+    generate: Option<String>,
     /// Only the first requests of the trace.
     #[arg(long, requires = "trace")]
     limit: Option<usize>,
@@ -66,16 +71,17 @@ pub struct Args {
     #[arg(long)]
     json: bool,
     /// Print the manager's statistics as Prometheus text instead.
-    #[arg(long, requires = "trace", conflicts_with = "json")]
+    #[arg(long, requires = "source", conflicts_with = "json")]
     prometheus: bool,
 }
 
 /// Runs the subcommand.
 pub fn main(args: &Args) -> Result<ExitCode> {
-    let Some(trace) = &args.trace else {
-        return replay_operations(&args.operations).map(|()| ExitCode::SUCCESS);
+    let trace = match (&args.trace, &args.generate) {
+        (Some(path), _) => Trace::read(path, args.limit.unwrap_or(usize::MAX), 1)?,
+        (None, Some(name)) => generate::generate(name, 1)?,
+        (None, None) => return replay_operations(&args.operations).map(|()| ExitCode::SUCCESS),
     };
-    let trace = Trace::read(trace, args.limit.unwrap_or(usize::MAX), 1)?;
     let config = trace_config(args, &trace)?;
     let (manager, figures) = requests::replay(&trace, &config)?;
     if args.prometheus {
