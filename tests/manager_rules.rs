@@ -137,7 +137,7 @@ fn r5_hits_of_all_groups_are_touched_before_any_group_allocates() {
     m.allocate(1, &prompt, KEYS, 0).unwrap();
     m.free(1).unwrap();
     // A third prompt's use of the other four leaves the cached ones next in the queue.
-    m.allocate(2, &tokens(1000, 17), KEYS, 0).unwrap();
+    m.allocate(2, &tokens(1000, 32), KEYS, 0).unwrap();
     let hit = m.lookup(&tokens(0, 40), KEYS);
     assert_eq!(hit.tokens, 32);
     assert!(m.free_queue().iter().all(|id| hit.blocks.concat().contains(id)));

@@ -201,7 +201,8 @@ pub struct ManagerConfig {
     pub in_flight_tokens: u32,
     /// The host tier, if there is one.
     pub host: Option<HostConfig>,
-    /// Identity of model, revision, dtype, codec, block size, head shapes, layout, rope: seeds the hashes.
+    /// Identity of model, revision, dtype, codec, block size, head shapes, layout, rope: seeds the hashes. See
+    /// [`GroupPlan::identity`].
     pub identity: [u8; 32],
 }
 

@@ -2,9 +2,11 @@
 
 mod grouping;
 mod hf_config;
+mod identity;
 mod presets;
 
 pub use self::grouping::{GroupPlan, LayerGroup, StateGroup};
+pub use self::identity::Provenance;
 
 use std::fmt;
 

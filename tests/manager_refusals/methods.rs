@@ -121,7 +121,8 @@ fn methods() -> Vec<Method<Managed>> {
             },
             |s, a| {
                 let groups = &s.m.config().groups;
-                let inside = |n: usize| groups.iter().any(|g| n % g.block_size as usize > 0);
+                let inside =
+                    |n: usize| groups.iter().any(|g| !n.is_multiple_of(g.block_size as usize));
                 let waiting: &[&str] = match s.live.get(&a.seq) {
                     Some(sequence) if sequence.loading => &["NotReady"],
                     _ => &[],
@@ -236,7 +237,11 @@ fn methods() -> Vec<Method<Managed>> {
         method(
             "unpin",
             15,
-            |s, a| show(s.m.unpin(a.seq)).inspect(|_| drop(s.pins.remove(&a.seq))),
+            |s, a| {
+                s.m.unpin(a.seq)?;
+                s.pins.remove(&a.seq);
+                show(Ok(()))
+            },
             |s, a| when(!s.pins.contains(&a.seq), "UnknownPin"),
         ),
         method(

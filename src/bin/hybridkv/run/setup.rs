@@ -6,7 +6,7 @@ use hybridkv::error::{Error, Result};
 use hybridkv::manager::{
     Eviction, GroupConfig, HostConfig, ManagerConfig, PrefetchPolicy, Retention, StorageConfig,
 };
-use hybridkv::spec::{AttentionKind, GroupPlan, LayerSpec, ModelSpec};
+use hybridkv::spec::{AttentionKind, GroupPlan, LayerSpec, ModelSpec, Provenance};
 
 use super::content::Elements;
 use super::conversations::{Conversations, Sizes};
@@ -230,7 +230,7 @@ impl Setup {
                 eviction: args.host_eviction,
                 ..HostConfig::new(engine.num_slots).with_write(args.write.into())
             }),
-            identity: identity(elements, &spec, &plan),
+            identity: identity(elements, &plan),
         };
         let storage = match &args.storage {
             Some(path) => Some(FileStoreConfig {
@@ -305,6 +305,7 @@ fn shrink_model(spec: &mut ModelSpec, layers: Option<u32>, notes: &mut Vec<Strin
 }
 
 /// What a cached block of this run is of: seeds the hashes.
-fn identity(elements: Elements, spec: &ModelSpec, plan: &GroupPlan) -> [u8; 32] {
-    *blake3::hash(format!("synthetic {elements:?} {spec:?} {plan:?}").as_bytes()).as_bytes()
+fn identity(elements: Elements, plan: &GroupPlan) -> [u8; 32] {
+    let revision = format!("{} as {}", elements.dtype.name(), elements.describe_kv());
+    plan.identity(&Provenance { model: "synthetic", revision: &revision, ..Provenance::default() })
 }
