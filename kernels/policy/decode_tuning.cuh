@@ -8,9 +8,8 @@ namespace hkv {
 
 constexpr int kDecodeWarps = HKV_DECODE_THREADS / 32;
 
-// 128 KB are in flight on it, past which bandwidth falls
-// again (H100). Widening 8-bit elements keeps 16 warps busy; kernels with larger states have room
-// for 8.
+// 128 KB are in flight, past which bandwidth falls again (H100). Widening 8-bit elements keeps 16
+// warps busy; kernels with larger states have room for 8.
 template <typename Kv, int kDim, int kQueryTiles>
 struct DecodeTuning {
   static constexpr int kCtas = sizeof(Kv) == 1 && kDim <= 128 && kQueryTiles == 1 ? 4 : 2;
