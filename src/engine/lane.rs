@@ -70,6 +70,8 @@ struct Batch {
     bytes: u64,
     /// Read by the device while the batch is in flight; grows to the largest batch seen.
     descriptors: PinnedBuffer,
+    /// What it has grown out of: to free it would be to wait for the device.
+    outgrown: Vec<PinnedBuffer>,
 }
 
 pub(super) struct Lane {
@@ -99,6 +101,7 @@ impl Lane {
                 seqs: Vec::new(),
                 bytes: 0,
                 descriptors: device.alloc_pinned(DESCRIPTORS * size_of::<hkv_copy>())?,
+                outgrown: Vec::new(),
             })
         };
         Ok(Self {
@@ -290,7 +293,8 @@ impl Batch {
     fn reserve(&mut self, copies: usize, parts: usize, device: &Device) -> Result<()> {
         let bytes = copies * size_of::<hkv_copy>();
         if bytes > self.descriptors.len() {
-            self.descriptors = device.alloc_pinned(bytes.next_power_of_two())?;
+            let larger = device.alloc_pinned(bytes.next_power_of_two())?;
+            self.outgrown.push(std::mem::replace(&mut self.descriptors, larger));
         }
         while self.parts.len() + 1 < parts {
             self.parts.push(device.event()?);
