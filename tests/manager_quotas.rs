@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::HashMap;
 
-use common::FULL;
+use common::{FULL, KEYS};
 use hybridkv::manager::{
     Direction, EventKind, Eviction, ExtraKeys, HostConfig, Manager, Outcome, Quota, StorageConfig,
     Tier, WritePolicy,
@@ -136,7 +136,7 @@ fn quotas_hold_for_write_back_prefetches_and_sequences_that_are_swapped_out() {
     compute(&mut m, 1, &tokens(0, 160), "t");
     for filler in 0..2 {
         let all = tokens(100_000 * (filler + 1), 4096);
-        while m.allocate(9, &all, of(""), 0).is_err() {
+        while m.allocate(9, &all, KEYS, 0).is_err() {
             run_all(&mut m);
         }
         m.abort(9).unwrap();
@@ -190,17 +190,17 @@ fn what_is_pinned_never_leaves_its_tier() {
     let mut m = common::manager(&[FULL, window], 65, Some(HostConfig::new(20)));
     let prompt = tokens(0, 64);
     compute(&mut m, 1, &prompt, "");
-    let hashed = m.hash(&prompt, of(""));
+    let hashed = m.hash(&prompt, KEYS);
     let host = m.pin(Tier::Host, &hashed).unwrap();
     assert_eq!((host.tokens, host.blocks), (64, 6), "four of the full group, two of the window");
     for n in 0..10 {
         compute(&mut m, 10 + n, &tokens(1000 * (n as u32 + 1), 512), "");
     }
     let longer = [&prompt[..], &[7]].concat();
-    assert_eq!(m.lookup(&longer, of("")).host_tokens, 64, "ten times the tier went through it");
-    assert_eq!(m.lookup(&longer, of("")).device_tokens, 0);
+    assert_eq!(m.lookup(&longer, KEYS).host_tokens, 64, "ten times the tier went through it");
+    assert_eq!(m.lookup(&longer, KEYS).device_tokens, 0);
     // Ten slots may be pinned, six are.
-    let other = m.hash(&tokens(10_000, 512), of(""));
+    let other = m.hash(&tokens(10_000, 512), KEYS);
     let error = m.pin(Tier::Host, &other).unwrap_err();
     assert_eq!((too_large(&error).1, too_large(&error).2), (6, 10), "{error}");
     assert!(error.to_string().contains("of the host tier"), "{error}");
@@ -210,7 +210,7 @@ fn what_is_pinned_never_leaves_its_tier() {
     for n in 0..10 {
         compute(&mut m, 30 + n, &tokens(1000 * (n as u32 + 50), 512), "");
     }
-    assert_eq!(m.lookup(&longer, of("")).tokens, 0, "like any other");
+    assert_eq!(m.lookup(&longer, KEYS).tokens, 0, "like any other");
 }
 
 #[test]
@@ -219,7 +219,7 @@ fn device_pins_leave_room_for_the_longest_request() {
     let prompt = tokens(0, 64);
     compute(&mut m, 1, &prompt, "");
     // The pool was sized for a request that takes all of it.
-    let hashed = m.hash(&prompt, of(""));
+    let hashed = m.hash(&prompt, KEYS);
     let error = m.pin(Tier::Device, &hashed).unwrap_err();
     assert_eq!(too_large(&error), (4, 0, 0), "{error}");
 
@@ -234,7 +234,7 @@ fn device_pins_leave_room_for_the_longest_request() {
         compute(&mut m, seq, &longest, "");
     }
     let longer = [&prompt[..], &[7]].concat();
-    assert_eq!(m.lookup(&longer, of("")).device_tokens, 64);
+    assert_eq!(m.lookup(&longer, KEYS).device_tokens, 64);
     assert!(!m.reset_prefix_cache(), "a pinned block is in use");
     m.unpin(pin.id).unwrap();
     assert_eq!(m.free_blocks(), 64);
@@ -249,7 +249,7 @@ fn pins_end_with_the_tier_they_are_in() {
     m.attach_storage(StorageConfig::new(16), &[]).unwrap();
     let prompt = tokens(0, 64);
     compute(&mut m, 1, &prompt, "");
-    let hashed = m.hash(&prompt, of(""));
+    let hashed = m.hash(&prompt, KEYS);
     let pins = [Tier::Host, Tier::Storage].map(|tier| m.pin(tier, &hashed).unwrap());
     assert_eq!(pins.map(|pin| pin.tokens), [64, 64]);
     assert_eq!((m.usage().host_pinned, m.usage().storage_pinned), (4, 4));
@@ -290,13 +290,11 @@ fn accounts_are_conserved_whatever_happens() {
             let (salt, prompt) = &prompts[below(prompts.len())];
             match below(8) {
                 0..5 => {
-                    if m.allocate(step, &[&prompt[..], &[9]].concat(), of(salt), 0).is_ok() {
-                        if m.advance(step, prompt.len() + 1, prompt.len() + 1).is_err() {
-                            // It waits for loads.
-                            m.free(step).unwrap();
-                        } else {
-                            m.free(step).unwrap();
-                        }
+                    let longer = [&prompt[..], &[9]].concat();
+                    if m.allocate(step, &longer, of(salt), 0).is_ok() {
+                        // One that waits for loads ends before they have come.
+                        let _ = m.advance(step, longer.len(), longer.len());
+                        m.free(step).unwrap();
                     }
                 }
                 5 => {

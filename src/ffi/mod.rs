@@ -531,7 +531,7 @@ impl hkv_plan_args {
             .collect()
     }
 
-    fn to_ops<'a>(&self, classes: &'a [AttentionArgs]) -> PlanArgs<'a> {
+    fn to_ops<'a>(self, classes: &'a [AttentionArgs]) -> PlanArgs<'a> {
         let batch_invariant = self.batch_invariant != 0;
         PlanArgs { classes, batch_invariant, memory: self.memory.to_ops() }
     }
