@@ -498,6 +498,24 @@ hkv_status hkv_manager_complete(hkv_manager* manager, uint64_t id, uint32_t succ
 // until it is HKV_COMPLETION_NONE.
 hkv_status hkv_manager_next_completion(hkv_manager* manager, hkv_completion* completion);
 
+// What a pin holds.
+typedef struct hkv_pin {
+  uint64_t id;
+  uint64_t tokens;  // the prefix of the prompt that the tier alone can serve, and will
+  uint64_t blocks;
+} hkv_pin;
+
+// Keeps what a tier (enum hkv_tier) has of a prompt there until hkv_manager_unpin, or until the
+// tier is cleared.
+hkv_status hkv_manager_pin(hkv_manager* manager, uint32_t tier, const uint32_t* tokens,
+                           uint64_t num_tokens, const char* salt, const char* lora, hkv_pin* pin);
+hkv_status hkv_manager_unpin(hkv_manager* manager, uint64_t pin);
+
+// Limits what the blocks of a salt, of block_bytes each, may take of the host or the storage tier;
+// with UINT64_MAX bytes no longer.
+hkv_status hkv_manager_set_quota(hkv_manager* manager, uint32_t tier, const char* salt,
+                                 uint64_t bytes, uint64_t block_bytes);
+
 // Says what time it is, in nanoseconds of any clock.
 hkv_status hkv_manager_tick(hkv_manager* manager, uint64_t now);
 

@@ -176,6 +176,12 @@ class BlockCopy(Structure):
     _fields_ = [("group", c_uint32), ("source", c_uint32), ("target", c_uint32)]
 
 
+class Pin(Structure):
+    """A handle, and the tokens and blocks that it keeps in their tier."""
+
+    _fields_ = [("id", c_uint64), ("tokens", c_uint64), ("blocks", c_uint64)]
+
+
 class Completion(Structure):
     """What became of a sequence: READY, DROPPED or VOID."""
 
@@ -541,6 +547,27 @@ class Manager:
             said = Completion()
             _call("hkv_manager_next_completion", self._handle, byref(said))
         return told
+
+    def pin(self, tier, tokens, salt="", lora=""):
+        """Keeps what a tier has of a prompt there until `unpin`."""
+        pin = Pin()
+        _call(
+            "hkv_manager_pin", self._handle, c_uint32(tier), *_tokens(tokens), salt.encode(), lora.encode(),
+            byref(pin),
+        )
+        return pin
+
+    def unpin(self, pin):
+        """Gives a pin (or its id) back."""
+        _call("hkv_manager_unpin", self._handle, c_uint64(getattr(pin, "id", pin)))
+
+    def set_quota(self, tier, salt, size, block_bytes):
+        """Limits what the blocks of a salt may take of HOST or STORAGE, in bytes; `None`: no longer."""
+        size = 2**64 - 1 if size is None else size
+        _call(
+            "hkv_manager_set_quota", self._handle, c_uint32(tier), salt.encode(), c_uint64(size),
+            c_uint64(block_bytes),
+        )
 
     def tick(self, now):
         """Says what time it is, in nanoseconds."""

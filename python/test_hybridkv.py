@@ -196,6 +196,19 @@ class Managing(unittest.TestCase):
         told = [said for load in loads for said in self.manager.complete(load, load is not loads[1])]
         self.assertEqual([(said.kind, said.seq) for said in told], [(hkv.VOID, 3)])
 
+    def test_pins_and_quotas(self):
+        self.turn(1, list(range(60)))
+        self.manager.free(1)
+        pin = self.manager.pin(hkv.HOST, list(range(60)))
+        self.assertEqual((pin.tokens, pin.blocks), (48, 6))
+        self.manager.unpin(pin)
+        with self.assertRaisesRegex(hkv.Error, "is not known"):
+            self.manager.unpin(pin)
+        self.manager.set_quota(hkv.HOST, "tenant", 3 * 4096, 4096)
+        with self.assertRaisesRegex(hkv.Error, "4095 bytes holds no block of 4096"):
+            self.manager.set_quota(hkv.STORAGE, "tenant", 4095, 4096)
+        self.manager.set_quota(hkv.HOST, "tenant", None, 4096)
+
     def test_refusals(self):
         with self.assertRaisesRegex(hkv.Error, "HKV_INVALID_ARGUMENT.*unknown field `blocks`"):
             hkv.Manager({"blocks": 3})

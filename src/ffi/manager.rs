@@ -8,7 +8,8 @@ use super::{Arguments, arguments, config, guard, hand_out, take_back};
 use crate::engine::map_slots;
 use crate::error::{Error, Result};
 use crate::manager::{
-    Completion, Direction, Event, EventKind, ExtraKeys, Manager, Outcome, Place, Tier, Transfer,
+    Completion, Direction, Event, EventKind, ExtraKeys, Manager, Outcome, Place, Quota, Tier,
+    Transfer,
 };
 
 /// A manager, and events that it has told and that have not been taken.
@@ -250,6 +251,64 @@ unsafe extern "C" fn hkv_manager_next_completion(
         *completion = manager.next_completion().unwrap_or(Completion::Pending).into();
         Ok(())
     })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_manager_pin(
+    manager: *mut hkv_manager,
+    tier: u32,
+    tokens: *const u32,
+    num_tokens: u64,
+    salt: *const c_char,
+    lora: *const c_char,
+    pin: *mut hkv_pin,
+) -> hkv_status {
+    const OP: &str = "hkv_manager_pin";
+    // SAFETY: as for `hkv_manager_allocate`.
+    guard(|| unsafe {
+        let manager = &mut exclusive(OP, manager)?.manager;
+        let tokens = array(OP, "tokens", tokens, num_tokens)?;
+        let place = out(OP, "pin", pin)?;
+        let prompt = manager.hash(tokens, keys(OP, salt, lora)?);
+        let pin = manager.pin(to_tier(OP, tier)?, &prompt)?;
+        *place = hkv_pin { id: pin.id, tokens: pin.tokens as u64, blocks: pin.blocks as u64 };
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_manager_unpin(manager: *mut hkv_manager, pin: u64) -> hkv_status {
+    // SAFETY: as for `hkv_manager_advance`.
+    guard(|| unsafe { exclusive("hkv_manager_unpin", manager)?.manager.unpin(pin) })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn hkv_manager_set_quota(
+    manager: *mut hkv_manager,
+    tier: u32,
+    salt: *const c_char,
+    bytes: u64,
+    block_bytes: u64,
+) -> hkv_status {
+    const OP: &str = "hkv_manager_set_quota";
+    // SAFETY: as for `hkv_manager_advance`; a string that ends.
+    guard(|| unsafe {
+        let manager = &mut exclusive(OP, manager)?.manager;
+        let quota = match bytes {
+            u64::MAX => None,
+            bytes => Some(Quota::of_bytes(bytes, block_bytes)?),
+        };
+        manager.set_quota(to_tier(OP, tier)?, text(OP, "salt", salt)?, quota)
+    })
+}
+
+fn to_tier(op: &'static str, tier: u32) -> Result<Tier> {
+    match tier {
+        HKV_DEVICE => Ok(Tier::Device),
+        HKV_HOST => Ok(Tier::Host),
+        HKV_STORAGE => Ok(Tier::Storage),
+        _ => Err(Error::unsupported(op, "tier", tier, "enum hkv_tier, 0 to 2")),
+    }
 }
 
 #[unsafe(no_mangle)]

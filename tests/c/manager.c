@@ -155,6 +155,21 @@ static void test_conversation(hkv_manager* manager) {
   CHECK_ERROR(hkv_manager_complete(manager, loads[0].id, 1, &last), HKV_INVALID_ARGUMENT, "");
 }
 
+static void test_pins_and_quotas(hkv_manager* manager) {
+  hkv_pin pin = {0, 0, 0};
+  CHECK(hkv_manager_pin(manager, HKV_HOST, tokens, 64, NULL, NULL, &pin) == HKV_OK);
+  CHECK(pin.tokens <= 64 && (pin.blocks > 0) == (pin.tokens > 0));
+  CHECK(hkv_manager_unpin(manager, pin.id) == HKV_OK);
+  CHECK_ERROR(hkv_manager_unpin(manager, pin.id), HKV_INVALID_ARGUMENT, "not known");
+  CHECK_ERROR(hkv_manager_pin(manager, 3, tokens, 64, NULL, NULL, &pin), HKV_UNSUPPORTED, "tier 3");
+  CHECK(hkv_manager_set_quota(manager, HKV_HOST, "t", 8192, 4096) == HKV_OK);
+  CHECK(hkv_manager_set_quota(manager, HKV_HOST, "t", UINT64_MAX, 4096) == HKV_OK);
+  CHECK_ERROR(hkv_manager_set_quota(manager, HKV_HOST, "t", 4095, 4096), HKV_INVALID_ARGUMENT,
+              "holds no block");
+  CHECK_ERROR(hkv_manager_set_quota(manager, HKV_DEVICE, "t", 4096, 4096), HKV_UNSUPPORTED,
+              "device");
+}
+
 static void test_refusals(hkv_manager* manager) {
   hkv_manager* none = (hkv_manager*)&failures;
   hkv_allocation allocation;
@@ -186,6 +201,7 @@ int main(void) {
   for (uint32_t i = 0; i < 1024; i++) tokens[i] = i;
   CHECK(hkv_manager_create(config, &manager) == HKV_OK);
   test_conversation(manager);
+  test_pins_and_quotas(manager);
   test_refusals(manager);
   hkv_manager_destroy(manager);
   hkv_manager_destroy(NULL);
