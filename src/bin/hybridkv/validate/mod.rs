@@ -9,6 +9,7 @@ mod case;
 mod large;
 mod merge;
 mod movement;
+mod problem;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
