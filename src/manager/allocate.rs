@@ -429,7 +429,14 @@ pub(super) fn cache(
         let mut next = std::mem::replace(&mut row.considered, end);
         let mut known = Known { end: next, before: 0 };
         while next < end {
-            if next == known.end {
+            // Of what goes by the leading group's memory only the blocks to be inserted are looked at.
+            if !policy.remembers(g) {
+                next = policy.next_found(group, boundaries, next);
+                if next >= end {
+                    break;
+                }
+            }
+            if next >= known.end {
                 let order = &mut device.pool.order;
                 known = recall(policy, group, boundaries, order, (g, row, hashes), next);
             }

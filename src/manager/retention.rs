@@ -141,10 +141,35 @@ impl Policy {
         self.tail_has(group, first, b) || self.tail_has(group, first.saturating_add(step), b)
     }
 
+    /// Block `b` when it becomes findable, else a later one: none of those between does.
+    pub fn next_found(&self, group: &Group, boundaries: &Boundaries, b: usize) -> usize {
+        if self.finds(group, boundaries, b) {
+            return b;
+        }
+        if group.kind == GroupKind::State {
+            return b + 1;
+        }
+        let Boundaries { replay, junction, end, .. } = *boundaries;
+        let step = self.retention.interval.map_or(self.alignment, |k| k as usize);
+        // Behind the next boundary at an interval, and where blocks may be the end, it is to be asked again.
+        let (next, asked) = match ((b + 1) * group.block_size).checked_next_multiple_of(step) {
+            Some(next) => (next, [replay, next].map(|e| e / group.block_size)),
+            None => (0, [replay / group.block_size; 2]),
+        };
+        let tails = [replay, junction, end, next, next.saturating_add(step)];
+        let starts = tails.map(|e| self.tail(group, e).start);
+        starts.into_iter().chain(asked).filter(|&start| start > b).min().unwrap_or(usize::MAX)
+    }
+
     /// Whether the retained tail of boundary `e` has block `b`.
     fn tail_has(&self, group: &Group, e: usize, b: usize) -> bool {
+        self.tail(group, e).contains(&b)
+    }
+
+    /// The blocks that are retained for boundary `e`.
+    fn tail(&self, group: &Group, e: usize) -> Range<usize> {
         let (start, end) = (group.first_needed(e), e / group.block_size);
-        start < end && (start.saturating_sub(self.slack(group))..end).contains(&b)
+        if start < end { start.saturating_sub(self.slack(group))..end } else { end..end }
     }
 
     /// Blocks kept to the left of every tail.
@@ -211,6 +236,63 @@ impl Policy {
     pub fn release_all(&self, groups: &[Group], pool: &mut Pool, sequence: &Sequence) {
         for (g, row) in sequence.rows.iter().enumerate() {
             self.release(groups, pool, sequence, g, 0..row.table.len());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::manager::GroupConfig;
+
+    fn kinds() -> impl Strategy<Value = GroupKind> {
+        prop_oneof![
+            Just(GroupKind::Attention(AttentionKind::Full)),
+            (1u32..40).prop_map(|window| GroupKind::Attention(AttentionKind::Sliding { window })),
+            (1u32..40).prop_map(|chunk| GroupKind::Attention(AttentionKind::Chunked { chunk })),
+            Just(GroupKind::State),
+        ]
+    }
+
+    proptest! {
+        /// Whoever goes from one block to the next comes by every one that becomes findable.
+        #[test]
+        fn next_found_passes_by_nothing(
+            kind in kinds(),
+            block_size in 1u32..5,
+            units in 1usize..4,
+            interval in prop::option::of(0u32..4),
+            slack in prop_oneof![Just(Slack::ByKind), (0u32..4).prop_map(Slack::Units)],
+            (ends, dense_chunks) in any::<(bool, bool)>(),
+            (replay, junction, end) in (0usize..60, 0usize..60, 0usize..60),
+        ) {
+            let alignment = block_size as usize * units;
+            let group = Group::new(&GroupConfig::new(kind, block_size), block_size as usize);
+            let interval = interval.map(|n| n * alignment as u32);
+            let retention = Retention { interval, slack, ends, dense_chunks };
+            let policy = Policy::new(retention, alignment, &[group]);
+            let aligned = |n| align_down(n, alignment);
+            let boundaries = Boundaries {
+                hit: 0,
+                replay: aligned(replay),
+                junction: aligned(junction),
+                end: aligned(end),
+            };
+            let (mut visited, mut next) = (Vec::new(), 0);
+            while next < 80 {
+                if policy.finds(&group, &boundaries, next) {
+                    visited.push(next);
+                    next += 1;
+                }
+                let later = policy.next_found(&group, &boundaries, next);
+                prop_assert!(later > next || policy.finds(&group, &boundaries, next));
+                next = later;
+            }
+            visited.retain(|&b| b < 80);
+            let found = (0..80).filter(|&b| policy.finds(&group, &boundaries, b));
+            prop_assert_eq!(visited, found.collect::<Vec<_>>());
         }
     }
 }
