@@ -269,6 +269,55 @@ fn forked_sequences_share_what_they_do_not_write() {
 }
 
 #[test]
+fn preempted_sequences_come_back_as_they_were_or_compute_what_was_lost() {
+    for fault in [None, Some("fail"), Some("short"), Some("corrupt")] {
+        let mut s = Session::with(json!({
+            "block_size": 4, "num_blocks": 9, "host": {"blocks": 8},
+            "groups": [{"kind": "full"}, {"kind": "sliding", "window": 3}],
+        }));
+        let op = |op: &str| json!({"op": op, "id": "a"});
+        s.send(json!({"op": "allocate", "id": "a", "tokens": [1, 2, 3, 4, 5, 6, 7, 8, 9]}));
+        assert_eq!(s.send(op("preempt"))["ok"], false, "not computed");
+        s.send(json!({"op": "advance", "id": "a", "computed": 9}));
+        s.send(json!({"op": "tick"}));
+        // The partly filled tails are what the host does not have.
+        let answer = s.send(op("preempt"));
+        let expected = json!({"ok": true, "tokens": 9, "offloads": 2, "dependents": []});
+        assert_eq!(answer, expected);
+        assert_eq!(s.send(json!({"op": "append", "id": "a", "tokens": [10]}))["ok"], false);
+        assert_eq!(s.send(op("resume"))["ok"], false, "still being stored");
+        s.send(json!({"op": "tick"}));
+        assert_eq!(s.send(json!({"op": "state"}))["ref_counts"], json!({}));
+        let flood: Vec<u32> = (100..116).collect();
+        s.send(json!({"op": "allocate", "id": "b", "tokens": flood}));
+        s.send(json!({"op": "abort", "id": "b"}));
+        if let Some(kind) = fault {
+            s.send(json!({"op": "fault", "where": "load", "kind": kind, "count": 1}));
+        }
+        let answer = s.send(op("resume"));
+        assert_eq!((&answer["hit_tokens"], &answer["ready"]), (&json!(9), &json!(false)));
+        let answer = s.send(json!({"op": "tick"}));
+        let valid = match fault {
+            None => {
+                assert_eq!((&answer["ready"], &answer["failed"]), (&json!(["a"]), &json!([])));
+                9
+            }
+            // Of the first block.
+            Some(_) => {
+                assert_eq!(answer["failed"], json!([{"id": "a", "valid_tokens": 0}]));
+                0
+            }
+        };
+        for computed in valid..=9 {
+            let advanced = s.send(json!({"op": "advance", "id": "a", "computed": computed}));
+            assert_eq!(advanced["ok"], true);
+        }
+        assert_eq!(s.send(json!({"op": "append", "id": "a", "tokens": [10, 11, 12]}))["ok"], true);
+        assert_eq!(s.send(op("free"))["ok"], true);
+    }
+}
+
+#[test]
 fn a_delayed_load_ends_with_the_next_tick() {
     let mut s = offloaded(None);
     s.send(json!({"op": "fault", "where": "load", "kind": "delay", "count": 1}));
@@ -385,6 +434,8 @@ fn operation() -> impl Strategy<Value = Value> {
         1 => (id.clone(), number(), prop::sample::select(vec!["trim", "rollback"]))
             .prop_map(|(id, n, op)| json!({ "op": op, "id": id, "tokens": n })),
         1 => id.clone().prop_map(|id| json!({ "op": "abort", "id": id })),
+        2 => (id.clone(), prop::sample::select(vec!["preempt", "resume"]))
+            .prop_map(|(id, op)| json!({ "op": op, "id": id })),
         1 => (id, 0..4u64, number()).prop_map(|(id, group, index)| json!({
             "op": "forget", "id": id, "group": group, "block_index": index,
         })),

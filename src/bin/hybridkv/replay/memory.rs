@@ -3,7 +3,7 @@
 //!
 //! Transfers wait here until a tick ends them, in the order in which the manager emitted them.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use hybridkv::device::{Device, PinnedBuffer, Stream};
@@ -31,6 +31,8 @@ pub struct Memory {
     pending: VecDeque<Transfer>,
     /// Put off to the next tick.
     delayed: Vec<Transfer>,
+    /// What blocks hold that are stored under names of one sequence alone.
+    kept: HashMap<(usize, BlockHash), Vec<u8>>,
     faults: VecDeque<(Place, Misbehaviour, u32)>,
     ended: Vec<(TransferId, Outcome)>,
 }
@@ -49,6 +51,7 @@ impl Memory {
             staging: device.alloc_pinned(BLOCK)?,
             pending: VecDeque::new(),
             delayed: Vec::new(),
+            kept: HashMap::new(),
             faults: VecDeque::new(),
             ended: Vec::new(),
         })
@@ -88,13 +91,27 @@ impl Memory {
         self.compute.as_ref().synchronize()
     }
 
-    /// Whether a block holds what it should.
-    fn holds(&self, block: BlockId, group: usize, hash: &BlockHash) -> Result<bool> {
+    /// Reads a block into the staging buffer.
+    fn read(&self, block: BlockId) -> Result<&[u8]> {
         let source = self.engine.block(block)?.address;
         // SAFETY: as in `write`, the other way.
         unsafe { self.compute.as_ref().copy(source, self.staging.address(), BLOCK)? };
         self.compute.as_ref().synchronize()?;
-        Ok(self.staging.as_slice() == contents(group, hash))
+        Ok(self.staging.as_slice())
+    }
+
+    /// Notes what a block holds that is about to be stored under a name of its sequence alone.
+    pub fn keep(&mut self, block: BlockId, group: usize, hash: BlockHash) -> Result<()> {
+        let bytes = self.read(block)?.to_vec();
+        self.kept.insert((group, hash), bytes);
+        Ok(())
+    }
+
+    /// Whether a block holds what it should.
+    fn holds(&mut self, block: BlockId, group: usize, hash: &BlockHash) -> Result<bool> {
+        let kept = self.kept.remove(&(group, *hash));
+        let expected = kept.unwrap_or_else(|| contents(group, hash).to_vec());
+        Ok(self.read(block)? == expected)
     }
 
     /// Copies blocks inside the pool.

@@ -58,6 +58,12 @@ pub enum Op {
         id: Id,
         tokens: usize,
     },
+    Preempt {
+        id: Id,
+    },
+    Resume {
+        id: Id,
+    },
     Free {
         id: Id,
     },

@@ -1,5 +1,7 @@
 //! A replayed session: the manager that a `config` operation makes, and what the others do to it.
 
+mod swap;
+
 use std::collections::HashMap;
 use std::io::{BufRead, Write};
 
@@ -158,6 +160,8 @@ impl Session {
             Op::Fork { id, from } => self.fork(id, &from),
             Op::Trim { id, tokens } => self.cut(&id, |m, seq| m.trim(seq, tokens), tokens),
             Op::Rollback { id, tokens } => self.cut(&id, |m, seq| m.rollback(seq, tokens), tokens),
+            Op::Preempt { id } => self.preempt(&id),
+            Op::Resume { id } => self.resume(&id),
             Op::Free { id } => {
                 let seq = self.find(&id)?.seq;
                 self.manager.free(seq)?;
