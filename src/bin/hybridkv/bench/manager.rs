@@ -1,11 +1,11 @@
-//! The manager on one thread: lookup and hashing of a prompt of 8,192 blocks, decode steps of 256 sequences, and a
-//! whole request trace under the crate's defaults.
+//! The manager on one thread: lookup, hashing and registration of a prompt of 8,192 blocks, decode steps of 256
+//! sequences, and a whole request trace under the crate's defaults; and what it keeps in memory per block.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use hybridkv::error::Result;
-use hybridkv::manager::{ExtraKeys, Manager};
+use hybridkv::manager::{ExtraKeys, HostConfig, Manager, StorageConfig};
 
 use super::timing::Timing;
 use crate::replay::{self, Config};
@@ -24,21 +24,33 @@ const SAMPLES: usize = 15;
 const M: u32 = 1 << 20;
 const KEYS: ExtraKeys<'static> = ExtraKeys { salt: "", lora: "" };
 
-/// A mix of layer groups and what is asked of it: microseconds of a decode step and of the trace, and hit tokens of
-/// the trace with pools of 1M and 4M tokens (0: nothing).
+/// Bytes of metadata per cached block in each tier, at most.
+const METADATA: f64 = 96.0;
+
+/// A mix of layer groups and what is asked of it: microseconds of a prompt that nobody has seen, of a decode step and
+/// of the trace, and hit tokens of the trace with pools of 1M and 4M tokens (0: nothing).
 struct Mix {
     name: &'static str,
     groups: &'static str,
+    cold_us: f64,
     step_us: f64,
     trace_us: f64,
     hits: [f64; 2],
 }
 
 const MIXES: [Mix; 3] = [
-    Mix { name: "full", groups: "full", step_us: 15.0, trace_us: 3e6, hits: [13.5e6, 29e6] },
+    Mix {
+        name: "full",
+        groups: "full",
+        cold_us: 800.0,
+        step_us: 15.0,
+        trace_us: 3e6,
+        hits: [13.5e6, 29e6],
+    },
     Mix {
         name: "sw1024",
         groups: "full,sliding:1024",
+        cold_us: 0.0,
         step_us: 0.0,
         trace_us: 0.0,
         hits: [0.0, 24e6],
@@ -46,6 +58,7 @@ const MIXES: [Mix; 3] = [
     Mix {
         name: "scout",
         groups: "full,chunked:8192*3",
+        cold_us: 2000.0,
         step_us: 40.0,
         trace_us: 5e6,
         hits: [0.0, 21e6],
@@ -71,6 +84,12 @@ pub fn measure(trace: Option<&str>, mut add: impl FnMut(Row, Timing)) -> Result<
     let timing = time(|| drop(black_box(m.hash(black_box(&prompt), KEYS))));
     add(row("lookup-hash/8192".into(), timing.us, "us", 1000.0), timing);
     for mix in MIXES.iter().filter(|mix| mix.step_us > 0.0) {
+        let (timing, per_block) = cold(mix.groups)?;
+        add(row(format!("cold/8192{}", suffix(mix)), timing.us, "us", mix.cold_us), timing);
+        for (tier, bytes) in ["device", "host", "storage"].into_iter().zip(per_block) {
+            let once = Timing { us: bytes, spread: 0.0, samples: 1 };
+            add(row(format!("metadata/{}/{tier}", mix.name), bytes, "B/block", METADATA), once);
+        }
         let timing = step(mix.groups)?;
         add(row(format!("step/256{}", suffix(mix)), timing.us, "us", mix.step_us), timing);
     }
@@ -100,6 +119,33 @@ fn suffix(mix: &Mix) -> &'static str {
 
 fn manager(groups: &str, pool_tokens: u32, max_model_len: usize) -> Result<Manager> {
     Manager::new(Config::of_crate(groups, BLOCK_SIZE, pool_tokens, max_model_len)?.manager()?)
+}
+
+/// Allocation, registration and release of prompts that nobody has seen, in a full pool: every block that is taken
+/// drops what it cached. And the bytes per block that the manager keeps of the device, a host and a storage tier.
+fn cold(groups: &str) -> Result<(Timing, [f64; 3])> {
+    let mut m = manager(groups, M, 16 * (BLOCKS + 1))?;
+    let mut number = 0u32;
+    let mut serve = |m: &mut Manager| {
+        let first = number.wrapping_mul(0x9E37_79B9);
+        number += 1;
+        let prompt: Vec<u32> =
+            (0..(16 * BLOCKS + 1) as u32).map(|i| first.wrapping_add(i)).collect();
+        let hashed = m.hash(&prompt, KEYS);
+        let start = Instant::now();
+        m.allocate_hashed(0, hashed, 0)?;
+        m.free(0)?;
+        Ok(start.elapsed())
+    };
+    for _ in 0..2 * (M / BLOCK_SIZE) / BLOCKS as u32 {
+        serve(&mut m)?;
+    }
+    let samples: Result<Vec<Duration>> = (0..2 * SAMPLES).map(|_| serve(&mut m)).collect();
+    m.attach_host(HostConfig::new(M / BLOCK_SIZE))?;
+    m.attach_storage(StorageConfig::new(M / BLOCK_SIZE), &[])?;
+    let metadata = m.metadata();
+    let per_block = [metadata.device, metadata.host, metadata.storage].map(|t| t.per_block());
+    Ok((summary(samples?), per_block))
 }
 
 /// One decode step: every sequence gets a token, which is then computed and settled. Of 16 sequences one crosses

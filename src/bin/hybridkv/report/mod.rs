@@ -90,9 +90,9 @@ pub struct Row {
 }
 
 impl Row {
-    /// Whether the figure is a time, not a rate.
+    /// Whether the figure is a time or a size, not a rate.
     pub fn less_is_better(&self) -> bool {
-        matches!(self.unit.as_str(), "us" | "ms" | "s")
+        matches!(self.unit.as_str(), "us" | "ms" | "s" | "B/block")
     }
 
     /// Whether our figure is as good as this one.
