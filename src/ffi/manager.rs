@@ -1,10 +1,11 @@
 //! The manager in the C ABI: every function turns its arguments into those of [`Manager`] and passes them on.
 
 use std::collections::VecDeque;
-use std::ffi::{CStr, c_char};
+use std::ffi::c_char;
 
 use super::header::*;
-use super::{Arguments, arguments, config, guard, hand_out, take_back};
+use super::raw::{Arguments, arguments, array, array_mut, hand_out, handle, out, take_back, text};
+use super::{config, guard};
 use crate::engine::map_slots;
 use crate::error::{Error, Result};
 use crate::manager::{
@@ -56,7 +57,7 @@ unsafe extern "C" fn hkv_manager_lookup(
     const OP: &str = "hkv_manager_lookup";
     // SAFETY: the caller's promise: a live handle, arrays of their lengths, strings that end.
     guard(|| unsafe {
-        let manager = &super::handle(OP, "manager", manager)?.manager;
+        let manager = &handle(OP, "manager", manager)?.manager;
         let tokens = array(OP, "tokens", tokens, num_tokens)?;
         let found = manager.lookup(tokens, keys(OP, salt, lora)?);
         *out(OP, "hit", hit)? = hkv_hit {
@@ -82,7 +83,7 @@ unsafe extern "C" fn hkv_manager_allocate(
     const OP: &str = "hkv_manager_allocate";
     // SAFETY: as for `hkv_manager_lookup`; nobody else uses the manager meanwhile.
     guard(|| unsafe {
-        let manager = &mut exclusive(OP, manager)?.manager;
+        let manager = &mut out(OP, "manager", manager)?.manager;
         let tokens = array(OP, "tokens", tokens, num_tokens)?;
         let allocation = out(OP, "allocation", allocation)?;
         let keys = keys(OP, salt, lora)?;
@@ -112,7 +113,7 @@ unsafe extern "C" fn hkv_manager_append(
     const OP: &str = "hkv_manager_append";
     // SAFETY: as for `hkv_manager_allocate`.
     guard(|| unsafe {
-        let manager = &mut exclusive(OP, manager)?.manager;
+        let manager = &mut out(OP, "manager", manager)?.manager;
         manager.append_with(seq, array(OP, "tokens", tokens, num_tokens)?, |_, _| {})
     })
 }
@@ -126,7 +127,7 @@ unsafe extern "C" fn hkv_manager_step(
     const OP: &str = "hkv_manager_step";
     // SAFETY: the caller's promise: a live handle, arrays of the lengths that the header gives.
     guard(|| unsafe {
-        let manager = &super::handle(OP, "manager", manager)?.manager;
+        let manager = &handle(OP, "manager", manager)?.manager;
         let num_block_ids = out(OP, "num_block_ids", num_block_ids)?;
         step(OP, manager, arguments(OP, args)?, num_block_ids)
     })
@@ -142,7 +143,7 @@ unsafe extern "C" fn hkv_manager_advance(
     const OP: &str = "hkv_manager_advance";
     // SAFETY: the caller's promise: a live handle that nobody else uses meanwhile.
     guard(|| unsafe {
-        let manager = &mut exclusive(OP, manager)?.manager;
+        let manager = &mut out(OP, "manager", manager)?.manager;
         let [computed, settled] =
             [computed, settled].map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX));
         manager.advance_with(seq, computed, settled, |_, _| {})
@@ -152,13 +153,13 @@ unsafe extern "C" fn hkv_manager_advance(
 #[unsafe(no_mangle)]
 unsafe extern "C" fn hkv_manager_overlap(manager: *mut hkv_manager, seq: u64) -> hkv_status {
     // SAFETY: as for `hkv_manager_advance`.
-    guard(|| unsafe { exclusive("hkv_manager_overlap", manager)?.manager.overlap(seq) })
+    guard(|| unsafe { out("hkv_manager_overlap", "manager", manager)?.manager.overlap(seq) })
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn hkv_manager_free(manager: *mut hkv_manager, seq: u64) -> hkv_status {
     // SAFETY: as for `hkv_manager_advance`.
-    guard(|| unsafe { exclusive("hkv_manager_free", manager)?.manager.free(seq) })
+    guard(|| unsafe { out("hkv_manager_free", "manager", manager)?.manager.free(seq) })
 }
 
 #[unsafe(no_mangle)]
@@ -172,7 +173,7 @@ unsafe extern "C" fn hkv_manager_abort(
     const OP: &str = "hkv_manager_abort";
     // SAFETY: as for `hkv_manager_advance`; an array of its length.
     guard(|| unsafe {
-        let manager = &mut exclusive(OP, manager)?.manager;
+        let manager = &mut out(OP, "manager", manager)?.manager;
         let room = array_mut(OP, "dependents", dependents, max_dependents)?;
         let num = out(OP, "num_dependents", num_dependents)?;
         let others = manager.abort(seq)?;
@@ -192,7 +193,7 @@ unsafe extern "C" fn hkv_manager_copies(
     const OP: &str = "hkv_manager_copies";
     // SAFETY: as for `hkv_manager_abort`.
     guard(|| unsafe {
-        let manager = &mut exclusive(OP, manager)?.manager;
+        let manager = &mut out(OP, "manager", manager)?.manager;
         let room = array_mut(OP, "copies", copies, max)?;
         let next = || manager.next_copy();
         fill(room, out(OP, "num", num)?, std::iter::from_fn(next), |copy| hkv_block_copy {
@@ -213,7 +214,7 @@ unsafe extern "C" fn hkv_manager_transfers(
     const OP: &str = "hkv_manager_transfers";
     // SAFETY: as for `hkv_manager_abort`.
     guard(|| unsafe {
-        let manager = &mut exclusive(OP, manager)?.manager;
+        let manager = &mut out(OP, "manager", manager)?.manager;
         let room = array_mut(OP, "transfers", transfers, max)?;
         let next = || manager.next_transfer();
         fill(room, out(OP, "num", num)?, std::iter::from_fn(next), hkv_transfer::from)
@@ -230,7 +231,7 @@ unsafe extern "C" fn hkv_manager_complete(
     const OP: &str = "hkv_manager_complete";
     // SAFETY: as for `hkv_manager_advance`; a place to write to.
     guard(|| unsafe {
-        let manager = &mut exclusive(OP, manager)?.manager;
+        let manager = &mut out(OP, "manager", manager)?.manager;
         let completion = out(OP, "completion", completion)?;
         let outcome = if succeeded == 1 { Outcome::Succeeded } else { Outcome::Failed };
         *completion = manager.complete(id, outcome)?.into();
@@ -246,7 +247,7 @@ unsafe extern "C" fn hkv_manager_next_completion(
     const OP: &str = "hkv_manager_next_completion";
     // SAFETY: as for `hkv_manager_complete`.
     guard(|| unsafe {
-        let manager = &mut exclusive(OP, manager)?.manager;
+        let manager = &mut out(OP, "manager", manager)?.manager;
         let completion = out(OP, "completion", completion)?;
         *completion = manager.next_completion().unwrap_or(Completion::Pending).into();
         Ok(())
@@ -266,7 +267,7 @@ unsafe extern "C" fn hkv_manager_pin(
     const OP: &str = "hkv_manager_pin";
     // SAFETY: as for `hkv_manager_allocate`.
     guard(|| unsafe {
-        let manager = &mut exclusive(OP, manager)?.manager;
+        let manager = &mut out(OP, "manager", manager)?.manager;
         let tokens = array(OP, "tokens", tokens, num_tokens)?;
         let place = out(OP, "pin", pin)?;
         let prompt = manager.hash(tokens, keys(OP, salt, lora)?);
@@ -279,7 +280,7 @@ unsafe extern "C" fn hkv_manager_pin(
 #[unsafe(no_mangle)]
 unsafe extern "C" fn hkv_manager_unpin(manager: *mut hkv_manager, pin: u64) -> hkv_status {
     // SAFETY: as for `hkv_manager_advance`.
-    guard(|| unsafe { exclusive("hkv_manager_unpin", manager)?.manager.unpin(pin) })
+    guard(|| unsafe { out("hkv_manager_unpin", "manager", manager)?.manager.unpin(pin) })
 }
 
 #[unsafe(no_mangle)]
@@ -293,7 +294,7 @@ unsafe extern "C" fn hkv_manager_set_quota(
     const OP: &str = "hkv_manager_set_quota";
     // SAFETY: as for `hkv_manager_advance`; a string that ends.
     guard(|| unsafe {
-        let manager = &mut exclusive(OP, manager)?.manager;
+        let manager = &mut out(OP, "manager", manager)?.manager;
         let quota = match bytes {
             u64::MAX => None,
             bytes => Some(Quota::of_bytes(bytes, block_bytes)?),
@@ -314,14 +315,14 @@ fn to_tier(op: &'static str, tier: u32) -> Result<Tier> {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn hkv_manager_tick(manager: *mut hkv_manager, now: u64) -> hkv_status {
     // SAFETY: as for `hkv_manager_advance`.
-    guard(|| unsafe { exclusive("hkv_manager_tick", manager)?.manager.tick(now) })
+    guard(|| unsafe { out("hkv_manager_tick", "manager", manager)?.manager.tick(now) })
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn hkv_manager_record_events(manager: *mut hkv_manager, on: u32) -> hkv_status {
     // SAFETY: as for `hkv_manager_advance`.
     guard(|| unsafe {
-        exclusive("hkv_manager_record_events", manager)?.manager.record_events(on != 0);
+        out("hkv_manager_record_events", "manager", manager)?.manager.record_events(on != 0);
         Ok(())
     })
 }
@@ -336,7 +337,7 @@ unsafe extern "C" fn hkv_manager_events(
     const OP: &str = "hkv_manager_events";
     // SAFETY: as for `hkv_manager_abort`.
     guard(|| unsafe {
-        let hkv_manager { manager, events: told } = exclusive(OP, manager)?;
+        let hkv_manager { manager, events: told } = out(OP, "manager", manager)?;
         let room = array_mut(OP, "events", events, max)?;
         let num = out(OP, "num", num)?;
         told.extend(manager.events().iter().flat_map(blocks));
@@ -513,72 +514,6 @@ fn fill<T, U>(
         *num += 1;
     }
     Ok(())
-}
-
-/// # Safety
-/// `manager` is null, or a live handle that nobody else uses while the reference is.
-unsafe fn exclusive<'a>(
-    op: &'static str,
-    manager: *mut hkv_manager,
-) -> Result<&'a mut hkv_manager> {
-    // SAFETY: the caller's promise.
-    unsafe { manager.as_mut() }.ok_or_else(|| Error::invalid(op, "manager is null"))
-}
-
-/// # Safety
-/// `place` is null, or can be written while the reference is used.
-unsafe fn out<'a, T>(op: &'static str, what: &str, place: *mut T) -> Result<&'a mut T> {
-    // SAFETY: the caller's promise.
-    unsafe { place.as_mut() }.ok_or_else(|| Error::invalid(op, format!("{what} is null")))
-}
-
-fn length<T>(op: &'static str, what: &str, data: *const T, len: u64) -> Result<usize> {
-    if len > 0 && (data.is_null() || !data.is_aligned()) {
-        return Err(Error::invalid(op, format!("{what} is null or misaligned")));
-    }
-    usize::try_from(len)
-        .ok()
-        .filter(|len| len.checked_mul(size_of::<T>()).is_some_and(|n| n <= isize::MAX as usize))
-        .ok_or_else(|| Error::invalid(op, format!("{len} {what} are more than memory")))
-}
-
-/// # Safety
-/// `data` is null, or `len` elements from it on can be read while the slice is used.
-unsafe fn array<'a, T>(op: &'static str, what: &str, data: *const T, len: u64) -> Result<&'a [T]> {
-    match length(op, what, data, len)? {
-        0 => Ok(&[]),
-        // SAFETY: neither null nor misaligned; the rest is the caller's promise.
-        len => Ok(unsafe { std::slice::from_raw_parts(data, len) }),
-    }
-}
-
-/// # Safety
-/// `data` is null, or `len` elements from it on can be written while the slice is used.
-unsafe fn array_mut<'a, T>(
-    op: &'static str,
-    what: &str,
-    data: *mut T,
-    len: u64,
-) -> Result<&'a mut [T]> {
-    match length(op, what, data, len)? {
-        0 => Ok(&mut []),
-        // SAFETY: neither null nor misaligned; the rest is the caller's promise.
-        len => Ok(unsafe { std::slice::from_raw_parts_mut(data, len) }),
-    }
-}
-
-/// A string; empty when it is null.
-///
-/// # Safety
-/// `text` is null, or ends with a zero and lives as long as the reference is used.
-unsafe fn text<'a>(op: &'static str, what: &str, text: *const c_char) -> Result<&'a str> {
-    if text.is_null() {
-        return Ok("");
-    }
-    // SAFETY: the caller's promise.
-    unsafe { CStr::from_ptr(text) }
-        .to_str()
-        .map_err(|_| Error::invalid(op, format!("{what} is no UTF-8")))
 }
 
 /// # Safety

@@ -8,11 +8,11 @@
 mod config;
 mod header;
 mod manager;
+mod raw;
 
 use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::ptr::null_mut;
 
 use crate::abi::{HKV_DTYPE_BF16, HKV_DTYPE_E4M3, HKV_DTYPE_F16, HKV_DTYPE_F32};
 use crate::device::{Device, Span};
@@ -23,6 +23,7 @@ use crate::ops::{
     Plan, PlanArgs, WindowTable, WorkList,
 };
 use header::*;
+use raw::{Arguments, arguments, hand_out, handle, take_back};
 
 /// An open device.
 struct hkv_device {
@@ -293,69 +294,6 @@ impl hkv_device {
         Self { device, name }
     }
 }
-
-/// Makes an object and hands its handle to the caller; on failure the handle is null.
-///
-/// # Safety
-/// `handle` is null or can be written.
-unsafe fn hand_out<T>(handle: *mut *mut T, make: impl FnOnce() -> Result<T>) -> Result<()> {
-    // SAFETY: the caller's promise.
-    let handle = unsafe { handle.as_mut() };
-    let handle =
-        handle.ok_or_else(|| Error::invalid("hybridkv", "the place for the handle is null"))?;
-    *handle = null_mut();
-    *handle = Box::into_raw(Box::new(make()?));
-    Ok(())
-}
-
-/// Drops what [`hand_out`] made.
-///
-/// # Safety
-/// `handle` is null, or was handed out and not taken back yet.
-unsafe fn take_back<T>(handle: *mut T) {
-    if !handle.is_null() {
-        // Nobody can be told of a panic here, and none may leave.
-        // SAFETY: the caller's promise.
-        let _ = catch_unwind(AssertUnwindSafe(|| drop(unsafe { Box::from_raw(handle) })));
-    }
-}
-
-/// # Safety
-/// `handle` is null, or was handed out and lives as long as the reference is used.
-unsafe fn handle<'a, T>(op: &'static str, what: &str, handle: *const T) -> Result<&'a T> {
-    // SAFETY: the caller's promise.
-    unsafe { handle.as_ref() }.ok_or_else(|| Error::invalid(op, format!("{what} is null")))
-}
-
-/// The arguments of an operation, if they are of the size that this library knows.
-///
-/// # Safety
-/// `args` is null, or points to as many bytes as its first field says.
-unsafe fn arguments<'a, T: Arguments>(op: &'static str, args: *const T) -> Result<&'a T> {
-    if args.is_null() || !args.is_aligned() {
-        return Err(Error::invalid(op, "args is null or misaligned"));
-    }
-    // SAFETY: the first field is there, whatever version of the header the caller was compiled with.
-    let bytes = unsafe { args.cast::<u64>().read() };
-    if bytes != size_of::<T>() as u64 {
-        return Err(Error::invalid(
-            op,
-            format!(
-                "args->struct_bytes is {bytes}, this library's is {}: set it to sizeof(*args), and \
-                 compile with the header of the library (ABI version {HKV_ABI_VERSION})",
-                size_of::<T>()
-            ),
-        ));
-    }
-    // SAFETY: the memory is as large as the struct, and every bit pattern is one.
-    Ok(unsafe { &*args })
-}
-
-/// Argument structs: plain data whose first field is a `u64` with the size of the struct.
-///
-/// # Safety
-/// That is so.
-unsafe trait Arguments: Copy {}
 
 // SAFETY: `struct_bytes` is the first field.
 unsafe impl Arguments for hkv_append_args {}
