@@ -154,8 +154,7 @@ class Planner {
 
   // Tokens of a part, in a batch of so many.
   __device__ static uint32_t share_of(const hkv_plan_class& list, uint64_t tokens) {
-    const uint32_t spare = list.spare_parts;
-    const uint64_t share = (tokens + spare - 1) / spare;
+    const uint64_t share = tokens / list.spare_parts;
     return static_cast<uint32_t>(max(min(share, uint64_t{INT32_MAX}), uint64_t(list.min_tokens)));
   }
 

@@ -77,10 +77,10 @@ typedef struct hkv_part {
 } hkv_part;
 
 // The work list of one window class: layers that see the same keys. A sequence that sees n tokens
-// becomes min(n / share, sqrt(n / merge_tokens)) parts, rounded down, with share = max(n of all
-// sequences / spare_parts, min_tokens), which cuts no more than spare_parts parts; or, with
-// fixed_tokens > 0, min(ceil(n / fixed_tokens), max_parts), whatever else is in the batch. It is at
-// least one part.
+// becomes min(n / share, sqrt(n / merge_tokens)) parts with share = max(n of all sequences /
+// spare_parts, min_tokens), all rounded down: in all no more than spare_parts * (1 + 1 /
+// min_tokens) parts of cut sequences. With fixed_tokens > 0 it becomes min(ceil(n / fixed_tokens),
+// max_parts), whatever else is in the batch. It is at least one part.
 typedef struct hkv_plan_class {
   hkv_part* parts;       // [num_parts], written
   int32_t* arrivals;     // [parts of cut sequences, Hk], those in use set to 0

@@ -234,12 +234,13 @@ impl Way {
     }
 }
 
-/// Dynamic shared memory of a decode kernel of this many query rows, as in kernels/attention_decode.cu.
-fn decode_shared_bytes(shape: &KvShape, rows: u32) -> u32 {
-    if shape.dtype == Dtype::E4m3 && rows == 8 && shape.head_dim <= 128 {
-        abi::HKV_DECODE_NARROW_SHARED_BYTES
+/// CTAs of the decode kernel for this many query rows that share a multiprocessor, and their dynamic shared
+/// memory, as in kernels/attention_decode.cu.
+fn decode_occupancy(shape: &KvShape, rows: u32) -> (u32, u32) {
+    if shape.dtype == Dtype::E4m3 && shape.head_dim <= 128 && rows == 8 {
+        (4, abi::HKV_DECODE_NARROW_SHARED_BYTES)
     } else {
-        abi::HKV_DECODE_SHARED_BYTES
+        (2, abi::HKV_DECODE_SHARED_BYTES)
     }
 }
 
@@ -359,7 +360,7 @@ impl Kernels {
     /// The launch of a decode kernel of this many query rows.
     pub(super) fn decode_config(&self, ctas: u32, shape: &KvShape, rows: u32) -> LaunchConfig {
         let config = LaunchConfig::linear(ctas, abi::HKV_DECODE_THREADS)
-            .with_shared(decode_shared_bytes(shape, rows));
+            .with_shared(decode_occupancy(shape, rows).1);
         let overlaps = self.device.info().compute_capability >= (9, 0);
         if overlaps { config.with_overlap() } else { config }
     }
@@ -378,11 +379,12 @@ impl AttentionArgs {
 
     /// What decides how they are dealt to CTAs.
     pub(super) fn bounds(&self) -> Bounds {
+        let rows = if self.variant() == Variant::Decode8 { 8 } else { 16 };
         Bounds {
             num_seqs: self.num_seqs,
             num_kv_heads: self.kv.shape.num_kv_heads,
             max_kv_len: self.max_kv_len,
-            kv_bytes: self.kv.shape.dtype.bytes() as u32,
+            ctas_per_sm: decode_occupancy(&self.kv.shape, rows).0,
         }
     }
 

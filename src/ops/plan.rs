@@ -323,7 +323,7 @@ pub(super) fn work_list(
 ) -> Vec<hkv_part> {
     let tokens: Vec<i64> = batch.iter().map(|&lengths| visible_tokens(window, lengths)).collect();
     let (spare, min_tokens) = (i64::from(class.spare_parts), i64::from(class.min_tokens));
-    let share = ((tokens.iter().sum::<i64>() + spare - 1) / spare).max(min_tokens);
+    let share = (tokens.iter().sum::<i64>() / spare).max(min_tokens);
     let parts_of = |tokens: i64| match i64::from(class.fixed_tokens) {
         0 => {
             let most = (tokens as f32 / class.merge_tokens).sqrt() as i64;
@@ -413,7 +413,7 @@ mod tests {
             batch_invariant in any::<bool>(),
         ) {
             let num_seqs = batch.len() as u32;
-            let bounds = Bounds { num_seqs, num_kv_heads: heads, max_kv_len, kv_bytes: 2 };
+            let bounds = Bounds { num_seqs, num_kv_heads: heads, max_kv_len, ctas_per_sm: 2 };
             let (split, class) = class_of(bounds, batch_invariant);
             let window = window(kind, extent, sinks);
             let list = work_list(&class, &window, &batch);
@@ -425,7 +425,7 @@ mod tests {
 
             let tokens: Vec<i64> = batch.iter().map(|&l| visible_tokens(&window, l)).collect();
             let total: i64 = tokens.iter().sum();
-            let share = (total as f64 / f64::from(split.spare_parts)).max(128.0);
+            let share = (total / i64::from(split.spare_parts)).max(128) as f64;
             for (&n, &count) in tokens.iter().zip(&counts) {
                 prop_assert!(count >= 1);
                 if batch_invariant {
@@ -592,7 +592,7 @@ mod tests {
 
     #[test]
     fn a_long_sequence_among_short_ones_is_cut_to_their_measure() {
-        let bounds = Bounds { num_seqs: 256, num_kv_heads: 8, max_kv_len: 1 << 20, kv_bytes: 2 };
+        let bounds = Bounds { num_seqs: 256, num_kv_heads: 8, max_kv_len: 1 << 20, ctas_per_sm: 2 };
         let (_, class) = class_of(bounds, false);
         let mut batch = vec![Lengths { q_len: 1, kv_len: 2048 }; 256];
         batch[7].kv_len = 1 << 20;

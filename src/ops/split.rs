@@ -37,8 +37,8 @@ pub(super) struct Bounds {
     pub(super) num_kv_heads: u32,
     /// Upper bound on the visible tokens of a sequence.
     pub(super) max_kv_len: u32,
-    /// Bytes of an element of keys and values.
-    pub(super) kv_bytes: u32,
+    /// CTAs of the kernel that share a multiprocessor.
+    pub(super) ctas_per_sm: u32,
 }
 
 /// The work list of a decode batch: a CTA for every entry and KV head.
@@ -106,11 +106,12 @@ impl PlanSplit {
                 max_parts,
             };
         }
-        // More parts than `most` would be shorter than they may be.
-        let most = u64::from(bounds.max_kv_len / MIN_TOKENS) * u64::from(bounds.num_seqs);
-        let spare_parts = ctas(bounds, device) / u64::from(bounds.num_kv_heads.max(1));
-        let spare_parts = spare_parts.min(most).clamp(1, i16::MAX as u64) as u32;
-        let cut_parts = if spare_parts > 1 { spare_parts } else { 0 };
+        let spare_parts = spare_parts(bounds, device.multiprocessors.max(1));
+        let cut_parts = match spare_parts {
+            1 => 0,
+            // As many as shares that are rounded down make of all tokens.
+            spare => spare + spare / MIN_TOKENS + 1,
+        };
         Self {
             list: WorkList { num_parts: whole.num_parts + cut_parts, cut_parts, ..whole },
             spare_parts,
@@ -120,23 +121,50 @@ impl PlanSplit {
     }
 }
 
-/// CTAs of equal work into which a batch is cut. Two share a multiprocessor; one, where it has long to go, loads
-/// as fast and merges less. Many sequences keep the device busy, and are cut finer to end together (H100).
-fn ctas(bounds: Bounds, device: &DeviceInfo) -> u64 {
-    /// (sequence, KV head) pairs that are many.
-    const MANY_ITEMS: u64 = 64;
-    /// Tokens of a CTA that are long, of 16-bit elements.
-    const LONG_TOKENS: u64 = 4096;
-    let sms = u64::from(device.multiprocessors.max(1));
-    let items = u64::from(bounds.num_seqs) * u64::from(bounds.num_kv_heads);
-    let tokens = items.saturating_mul(bounds.max_kv_len.into());
-    if items >= MANY_ITEMS {
-        4 * sms
-    } else if bounds.kv_bytes > 1 && tokens >= 2 * sms * LONG_TOKENS {
-        sms
-    } else {
-        2 * sms
+/// Parts of equal length into which a batch is cut.
+fn spare_parts(bounds: Bounds, sms: u32) -> u32 {
+    let Bounds { num_seqs, num_kv_heads, max_kv_len, ctas_per_sm } = bounds;
+    if max_kv_len < 2 * MIN_TOKENS {
+        return 1;
     }
+    // Half of the CTAs that run at a time keep the memory busy.
+    let unit = u64::from(sms) * u64::from(ctas_per_sm) / 2;
+    let items = (u64::from(num_seqs) * u64::from(num_kv_heads)).max(1);
+    let spare = match even_parts(items, max_kv_len, unit.max(1)) {
+        // Enough for what is longer than the others.
+        1 => (4 * sms / num_kv_heads.max(1)).min(num_seqs),
+        parts => num_seqs.saturating_mul(parts),
+    };
+    spare.clamp(1, MAX_SPARE_PARTS)
+}
+
+/// Most parts of all sequences: their number is counted in 16 bits.
+const MAX_SPARE_PARTS: u32 = 32_000;
+
+/// Into how many parts each of `items` (sequence, KV head) pairs of equal length is best cut, where `unit` CTAs
+/// keep the memory busy: the fewest that come within 1/64 of the best. The figures are an H100's.
+fn even_parts(items: u64, max_kv_len: u32, unit: u64) -> u32 {
+    let (items, unit) = (items as f32, unit as f32);
+    // Time of so many CTAs of one length each, alone on the device. What is left over after whole rounds runs
+    // on too few of them.
+    let busy = |ctas: f32| {
+        let rounds = (ctas / unit).floor();
+        match ctas - rounds * unit {
+            _ if rounds == 0.0 => unit,
+            0.0 => ctas,
+            left => rounds * unit + left.max(0.7 * unit),
+        }
+    };
+    let merged = (max_kv_len as f32 / MERGE_TOKENS).sqrt().floor().max(1.0);
+    let cost = |parts: u32| {
+        let parts = parts as f32;
+        let merge = if parts == 1.0 { 1.0 } else { 1.012 + 0.25 * (parts / merged).powi(2) };
+        busy(items * parts) / (items * parts) * merge
+    };
+    let most = (2.0 * unit / items).max(8.0).min(merged).min((max_kv_len / MIN_TOKENS) as f32);
+    let all = 1..=(most as u32).max(1);
+    let least = all.clone().map(cost).fold(f32::INFINITY, f32::min);
+    all.into_iter().find(|&parts| cost(parts) <= least * (1.0 + 1.0 / 64.0)).unwrap_or(1)
 }
 
 /// Bytes that the partial states of a prefill may take.
@@ -187,34 +215,58 @@ pub(super) mod tests {
     }
 
     fn bounds(num_seqs: u32, num_kv_heads: u32, max_kv_len: u32) -> Bounds {
-        Bounds { num_seqs, num_kv_heads, max_kv_len, kv_bytes: 2 }
+        Bounds { num_seqs, num_kv_heads, max_kv_len, ctas_per_sm: 2 }
+    }
+
+    #[test]
+    fn even_batches_are_cut_until_the_device_is_busy() {
+        // (items, tokens, CTAs of a multiprocessor) -> parts on 132 multiprocessors
+        for (items, tokens, ctas_per_sm, parts) in [
+            (512, 8192, 2, 1),
+            (256, 8192, 2, 1),
+            (128, 8192, 2, 2),
+            (64, 8192, 2, 4),
+            (32, 8192, 2, 8),
+            (160, 8192, 2, 3),
+            (272, 8192, 2, 4),
+            (16, 32_768, 2, 16),
+            (8, 131_072, 2, 16),
+            (8, 1024, 2, 8),
+            (1, 8192, 2, 32),
+            (1, 10_000_000, 2, 132),
+            (128, 8192, 4, 4),
+            (64, 8192, 4, 8),
+            (8, 131_072, 4, 33),
+            (1, 10_000_000, 4, 264),
+            (512, 8192, 4, 1),
+        ] {
+            let found = even_parts(items, tokens, 132 * ctas_per_sm / 2);
+            assert_eq!(found, parts, "{items} items of {tokens} tokens, {ctas_per_sm} CTAs");
+        }
     }
 
     #[test]
     fn planned_batches_fill_the_device_without_crumbs() {
         let h100 = gpu(132);
-        for (seqs, heads, kv_len, spare, num_parts) in [
-            (1, 8, 131_072, 33, 34),
-            (1, 8, 262_144, 16, 17), // long: one CTA per multiprocessor
-            (1, 1, 10_000_000, 132, 133),
-            (256, 8, 1 << 20, 66, 322),
-            (1, 8, 1024, 8, 9), // no crumbs
-            (4, 1, 600, 16, 20),
-            (64, 8, 127, 1, 64), // too short to be cut: no room for parts
-            (1, 0, 0, 1, 1),
-            (1, 1024, 1 << 20, 1, 1), // heads enough
+        for (seqs, heads, kv_len, spare) in [
+            (1, 8, 131_072, 16),
+            (64, 1, 8192, 256),
+            (256, 8, 1 << 20, 66), // whole, but for what is longer than the others
+            (4, 8, 1 << 20, 16),
+            (1, 8, 1024, 8),       // no crumbs
+            (64, 8, 255, 1),       // too short to be cut: no room for parts
+            (1, 1024, 1 << 20, 1), // heads enough
+            (4096, 1, 8192, 528),
         ] {
             let bounds = bounds(seqs, heads, kv_len);
             let found = PlanSplit::new(bounds, false, &h100);
             let list = found.list;
-            assert_eq!((found.spare_parts, list.num_parts), (spare, num_parts), "{bounds:?}");
-            assert_eq!(list.cut_parts, if spare > 1 { spare } else { 0 });
-            assert!(list.ctas() <= u64::from(seqs * heads) + 4 * 132);
+            assert_eq!(found.spare_parts, spare, "{bounds:?}");
+            assert_eq!(list.cut_parts, if spare > 1 { spare + spare / 128 + 1 } else { 0 });
+            assert_eq!(list.num_parts, seqs + list.cut_parts);
             let whole = WorkList::whole(bounds);
             assert_eq!((whole.num_parts, whole.cut_items()), (seqs, 0));
         }
-        let fp8 = Bounds { kv_bytes: 1, ..bounds(1, 8, 262_144) };
-        assert_eq!(PlanSplit::new(fp8, false, &h100).spare_parts, 33);
     }
 
     #[test]
