@@ -142,7 +142,8 @@ fn spare_parts(bounds: Bounds, sms: u32) -> u32 {
 const MAX_SPARE_PARTS: u32 = 32_000;
 
 /// Into how many parts each of `items` (sequence, KV head) pairs of equal length is best cut, where `unit` CTAs
-/// keep the memory busy: the fewest that come within 1/64 of the best. The figures are an H100's.
+/// keep the memory busy: they stay whole where that comes within 1/64 of the best, else the fewest parts that
+/// come within 1/256 of it. The figures are an H100's.
 fn even_parts(items: u64, max_kv_len: u32, unit: u64) -> u32 {
     let (items, unit) = (items as f32, unit as f32);
     // Time of so many CTAs of one length each, alone on the device. What is left over after whole rounds runs
@@ -152,7 +153,7 @@ fn even_parts(items: u64, max_kv_len: u32, unit: u64) -> u32 {
         match ctas - rounds * unit {
             _ if rounds == 0.0 => unit,
             0.0 => ctas,
-            left => rounds * unit + left.max(0.7 * unit),
+            left => rounds * unit + left.max(0.9 * unit),
         }
     };
     let merged = (max_kv_len as f32 / MERGE_TOKENS).sqrt().floor().max(1.0);
@@ -161,10 +162,14 @@ fn even_parts(items: u64, max_kv_len: u32, unit: u64) -> u32 {
         let merge = if parts == 1.0 { 1.0 } else { 1.012 + 0.25 * (parts / merged).powi(2) };
         busy(items * parts) / (items * parts) * merge
     };
-    let most = (2.0 * unit / items).max(8.0).min(merged).min((max_kv_len / MIN_TOKENS) as f32);
+    let most = if items < unit { (unit / items).max(16.0) } else { 4.0 };
+    let most = most.min(merged).min((max_kv_len / MIN_TOKENS) as f32);
     let all = 1..=(most as u32).max(1);
     let least = all.clone().map(cost).fold(f32::INFINITY, f32::min);
-    all.into_iter().find(|&parts| cost(parts) <= least * (1.0 + 1.0 / 64.0)).unwrap_or(1)
+    if cost(1) <= least * (1.0 + 1.0 / 64.0) {
+        return 1;
+    }
+    all.into_iter().find(|&parts| cost(parts) <= least * (1.0 + 1.0 / 256.0)).unwrap_or(1)
 }
 
 /// Bytes that the partial states of a prefill may take.
@@ -227,7 +232,7 @@ pub(super) mod tests {
             (128, 8192, 2, 2),
             (64, 8192, 2, 4),
             (32, 8192, 2, 8),
-            (160, 8192, 2, 3),
+            (160, 8192, 2, 4),
             (272, 8192, 2, 4),
             (16, 32_768, 2, 16),
             (8, 131_072, 2, 16),
@@ -237,7 +242,7 @@ pub(super) mod tests {
             (128, 8192, 4, 4),
             (64, 8192, 4, 8),
             (8, 131_072, 4, 33),
-            (1, 10_000_000, 4, 264),
+            (1, 10_000_000, 4, 263),
             (512, 8192, 4, 1),
         ] {
             let found = even_parts(items, tokens, 132 * ctas_per_sm / 2);
@@ -252,7 +257,7 @@ pub(super) mod tests {
             (1, 8, 131_072, 16),
             (64, 1, 8192, 256),
             (256, 8, 1 << 20, 66), // whole, but for what is longer than the others
-            (4, 8, 1 << 20, 16),
+            (4, 8, 1 << 20, 32),
             (1, 8, 1024, 8),       // no crumbs
             (64, 8, 255, 1),       // too short to be cut: no room for parts
             (1, 1024, 1 << 20, 1), // heads enough
