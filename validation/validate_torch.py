@@ -370,7 +370,9 @@ class Bench:
                 given = by_head(batch.scales[:, Batch.SLOT, half], case)[block, :, offset]
                 if case.scales == "token":
                     largest = tokens.float().abs().amax(dim=2)
-                    same &= torch.equal(given, torch.clamp(largest / FP8_MAX, min=2.0**-100))
+                    # By a tensor: on a GPU torch divides by a number by multiplying with its reciprocal.
+                    scale = torch.clamp(largest / torch.full_like(largest, FP8_MAX), min=2.0**-100)
+                    same &= torch.equal(given, scale)
                 scaled = (tokens.float() * (1.0 / given)[:, :, None]).clamp(-FP8_MAX, FP8_MAX)
                 target[block, :, offset] = scaled.to(FP8).view(torch.uint8)
             else:
