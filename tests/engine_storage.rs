@@ -326,10 +326,10 @@ fn injected_storage_faults_are_found_and_never_serve_wrong_bytes() {
     assert_eq!(fetched, [Outcome::Succeeded], "all faults are used up");
 }
 
-/// A store of somebody else's that is not finished.
-struct Unfinished;
+/// A store of somebody else's with a bug.
+struct Panicking;
 
-impl BlockStore for Unfinished {
+impl BlockStore for Panicking {
     fn num_slots(&self) -> u32 {
         64
     }
@@ -337,10 +337,10 @@ impl BlockStore for Unfinished {
         &[]
     }
     fn write(&self, _: u32, _: BlockKey, _: &[u8]) -> hybridkv::Result<()> {
-        todo!()
+        panic!("injected")
     }
     fn read(&self, _: u32, _: BlockKey, _: &mut [u8]) -> hybridkv::Result<()> {
-        todo!()
+        panic!("injected")
     }
     fn clear(&self) -> hybridkv::Result<()> {
         Ok(())
@@ -355,7 +355,7 @@ fn transfers_of_a_store_that_panics_fail_and_nobody_waits_for_ever() {
     let folder = Folder::new("panics");
     let (device, mut engine) = engine(&folder);
     engine.detach_storage();
-    engine.attach_storage(Arc::new(Unfinished), 2).unwrap();
+    engine.attach_storage(Arc::new(Panicking), 2).unwrap();
     // More than there are threads.
     let transfers = [persist(0, 1, 7), fetch(1, 1, 8, 9), persist(2, 2, 3), persist(3, 3, 4)];
     let (outcomes, _) = run(&device, &mut engine, &transfers);
