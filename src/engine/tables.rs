@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use crate::device::{Device, DeviceBuffer, Event, PinnedBuffer, Span, StreamRef};
 use crate::error::{Error, Result};
-use crate::manager::{BlockId, Manager, SeqId};
+use crate::manager::{BlockRow, Manager, SeqId};
 use crate::ops::BlockTables;
 use crate::spec::LayerGroup;
 
@@ -135,7 +135,7 @@ impl BatchTables {
                 let slots = sections.slot_mapping + 8 * (g * num_tokens + token);
                 let slots: &mut [i64] =
                     bytemuck::cast_slice_mut(&mut staging[slots..slots + 8 * seq.tokens as usize]);
-                map_slots(manager.table(seq.seq, g)?, *block_size, seq.start, slots);
+                map_slots(&row, *block_size, seq.start, slots);
                 token += seq.tokens as usize;
             }
         }
@@ -184,11 +184,11 @@ impl BatchTables {
 }
 
 /// The slots of consecutive tokens from position `start` on; -1 where the table has no block.
-pub(crate) fn map_slots(table: &[BlockId], block_size: u32, start: u32, slots: &mut [i64]) {
+pub(crate) fn map_slots(row: &BlockRow<'_>, block_size: u32, start: u32, slots: &mut [i64]) {
     for (slot, position) in slots.iter_mut().zip(start..) {
-        let block = table.get((position / block_size) as usize).filter(|id| **id != 0);
+        let block = row.get((position / block_size) as usize);
         *slot =
-            block.map_or(-1, |id| *id as i64 * block_size as i64 + (position % block_size) as i64);
+            block.map_or(-1, |id| id as i64 * block_size as i64 + (position % block_size) as i64);
     }
 }
 

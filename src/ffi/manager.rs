@@ -439,7 +439,7 @@ unsafe fn step(
         for (g, group) in groups.iter().enumerate().take(num_groups) {
             let row = manager.block_row(slice.seq, g)?;
             needed += row.sinks.len() + row.live.len();
-            let slots = manager.table(slice.seq, g)?.len() as u64 * u64::from(group.block_size);
+            let slots = u64::from(row.blocks) * u64::from(group.block_size);
             if slots < end {
                 return Err(Error::invalid(
                     op,
@@ -482,7 +482,7 @@ unsafe fn step(
                 ids += 1;
             }
             let (own, rest) = slots.split_at_mut(slice.tokens as usize);
-            map_slots(manager.table(slice.seq, g)?, group.block_size, slice.start, own);
+            map_slots(&row, group.block_size, slice.start, own);
             slots = rest;
         }
     }

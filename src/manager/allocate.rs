@@ -8,6 +8,7 @@ use super::pool::NULL;
 use super::prefix::{Found, Search, Worth};
 use super::sequence::Row;
 use super::storage::{Load, Waiter};
+use super::table::Table;
 use super::*;
 
 impl Manager {
@@ -68,8 +69,9 @@ impl Manager {
     /// [`Self::lookup`] with hashes from [`Self::hash`]. Tokens that were hashed under another identity or unit hit
     /// nothing.
     pub fn lookup_hashed(&self, tokens: &HashedTokens) -> Hit {
-        let Found { tokens, device_tokens, host_tokens, rows: blocks, .. } =
+        let Found { tokens, device_tokens, host_tokens, rows, .. } =
             self.search(tokens, tokens.len(), true);
+        let blocks = rows.iter().map(Table::to_vec).collect();
         Hit { tokens, device_tokens, host_tokens, blocks }
     }
 
@@ -170,7 +172,7 @@ impl Manager {
         for (g, (group, row)) in self.groups.iter().zip(&rows).enumerate() {
             fresh += lacking(group, &self.policy, &self.device.pool, row, hit, goal);
             for b in group.needed(hit) {
-                let id = row[b];
+                let id = row.get(b);
                 if id == NULL {
                     fresh += 1;
                     let hash = &tokens.hashes()[group.key_index(b)];
@@ -199,11 +201,11 @@ impl Manager {
             for b in group.needed(hit) {
                 let order = &mut self.device.pool.order;
                 if is_last_of_stride(b) && self.policy.remembers(g) {
-                    order.recall(tokens.hashes()[group.key_index(b)].key(g), row[b] != NULL);
+                    order.recall(tokens.hashes()[group.key_index(b)].key(g), row.get(b) != NULL);
                 }
-                if row[b] != NULL {
-                    order.hit(row[b]);
-                    self.device.pool.touch(row[b]);
+                if row.get(b) != NULL {
+                    order.hit(row.get(b));
+                    self.device.pool.touch(row.get(b));
                 }
             }
         }
@@ -216,7 +218,7 @@ impl Manager {
             let group = self.groups[g];
             let (mut hits, mut loading) = (0, 0);
             for b in group.needed(hit) {
-                if table[b] != NULL {
+                if table.get(b) != NULL {
                     hits += 1;
                     continue;
                 }
@@ -225,21 +227,14 @@ impl Manager {
                     debug_assert!(false, "room was checked, and the host found it");
                     continue;
                 };
-                table[b] = id;
+                table.replace(b, id);
                 new_blocks[g].push(id);
                 loads.push(load);
                 loading += 1;
             }
             self.device.stats[g].hit_blocks += hits;
-            let (first_live, considered) = (group.first_needed(hit), table.len());
-            tables.push(Row {
-                table,
-                first_live,
-                considered,
-                settled: considered,
-                loading,
-                ..Row::default()
-            });
+            let considered = table.len();
+            tables.push(Row { table, considered, settled: considered, loading, ..Row::default() });
         }
         let mut sequence = Sequence {
             tenant: self.tenants.of(&tokens),
@@ -321,7 +316,7 @@ impl Manager {
         let (mut fresh, mut held) = (0, 0);
         for (group, row) in groups.iter().zip(&sequence.rows) {
             fresh += lacking(group, policy, &device.pool, &row.table, before, goal);
-            held += row.table.len() - row.first_live;
+            held += row.table.sinks().len() + row.table.live().len();
         }
         check_room(OP, &device.pool, stats, num_tokens, fresh + held, fresh)?;
         self.clean(OP, fresh, &[])?;
@@ -352,7 +347,9 @@ impl Manager {
         let slots = self.host.as_ref().map_or(0, SlotTier::capacity);
         for (group, row) in self.groups.iter().zip(&mut sequence.rows) {
             let blocks = tokens.div_ceil(group.block_size);
-            row.reserve(blocks, blocks.min(slots));
+            let in_flight = self.config.in_flight_tokens as usize;
+            let live = group.max_blocks(tokens, in_flight, &self.config.retention);
+            row.reserve(blocks, live, blocks.min(slots));
         }
         Ok(())
     }
@@ -446,7 +443,7 @@ pub(super) fn cache(
             // under the same hash.
             let (mut kept, mut count) = ([0; Order::STRIDE], 0);
             for b in stride {
-                let id = row.table[b];
+                let id = row.table.get(b);
                 if id != NULL && !device.pool.block(id).cached && policy.finds(group, boundaries, b)
                 {
                     kept[count] = b;
@@ -456,8 +453,8 @@ pub(super) fn cache(
             let kept = kept[..count].iter().map(|&b| (b, &hashes[group.key_index(b)]));
             device.warm(g, kept.clone().map(|(_, hash)| hash));
             for (b, &hash) in kept {
-                device.insert(g, hash, b, row.table[b], known.before);
-                device.pool.block_mut(row.table[b]).tenant = *tenant;
+                device.insert(g, hash, b, row.table.get(b), known.before);
+                device.pool.block_mut(row.table.get(b)).tenant = *tenant;
                 events.push(EventKind::Stored, g as u32, Tier::Device, b as u32, hash);
             }
         }
@@ -486,7 +483,7 @@ fn recall(
     let end = policy.shared_fate(group, boundaries, b).min(row.considered);
     let mut before = match policy.tied && b > 0 && policy.shared_fate(group, boundaries, b - 1) > b
     {
-        true => order.uses(row.table[b - 1]).saturating_sub(1),
+        true => order.uses(row.table.get(b - 1)).saturating_sub(1),
         false => 0,
     };
     for last in (last_of_stride(b)..end).step_by(Order::STRIDE) {

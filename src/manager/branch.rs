@@ -76,7 +76,7 @@ impl Manager {
             row.cut(shared / group.block_size);
             // The parent vouches for these.
             row.settled = shared / group.block_size;
-            for &id in row.table.iter().filter(|&&id| id != NULL) {
+            for id in row.table.ids() {
                 self.device.pool.touch(id);
             }
         }
@@ -173,7 +173,7 @@ impl Manager {
                 // The slot holds the state of all that is computed, wherever it is.
                 GroupKind::State if tokens >= sequence.computed => false,
                 GroupKind::State if !tokens.is_multiple_of(group.block_size) => true,
-                _ => needed.any(|b| row.table[b] == NULL),
+                _ => needed.any(|b| row.table.get(b) == NULL),
             };
             if missing {
                 return Err(Error::new(op, ErrorKind::OutOfWindow { seq, tokens, group: g }));
@@ -185,8 +185,8 @@ impl Manager {
         let mut void = HashSet::new();
         for (g, (group, row)) in self.groups.iter().zip(&mut sequence.rows).enumerate() {
             let (whole, kept) = (tokens / group.block_size, tokens.div_ceil(group.block_size));
-            for b in whole..row.table.len() {
-                let id = row.table[b];
+            for b in row.table.indices_from(whole) {
+                let id = row.table.get(b);
                 let block = *self.device.pool.block(id);
                 if id == NULL || !block.cached {
                     continue;
@@ -205,16 +205,19 @@ impl Manager {
                     }
                 }
             }
-            if group.kind == GroupKind::State && row.table[kept - 1] == NULL {
+            let table = &mut row.table;
+            if group.kind == GroupKind::State
+                && table.get(kept - 1) == NULL
+                && let Some(ahead) = table.indices_from(kept).find(|&b| table.get(b) != NULL)
+            {
                 // The slot has gone ahead.
-                let slot = row.table[kept..].iter_mut().find(|id| **id != NULL);
-                row.table[kept - 1] = slot.map_or(NULL, std::mem::take);
+                let slot = table.replace(ahead, NULL);
+                table.replace(kept - 1, slot);
             }
-            for id in row.table.drain(kept.min(row.table.len())..).rev().filter(|&id| id != NULL) {
-                freed[g].push(id);
-            }
+            let cut_off = table.indices_from(kept).rev().map(|b| table.get(b));
+            freed[g].extend(cut_off.filter(|&id| id != NULL));
+            table.truncate(kept);
             self.device.pool.release(freed[g].iter().copied());
-            row.first_live = row.first_live.min(group.first_needed(tokens));
             row.cut(whole);
         }
         sequence.tokens.truncate(tokens);
@@ -235,7 +238,7 @@ impl Manager {
             return Vec::new();
         }
         let holds = |other: &Sequence| {
-            other.rows.iter().flat_map(|row| &row.table).any(|id| blocks.contains(id))
+            other.rows.iter().flat_map(|row| row.table.ids()).any(|id| blocks.contains(&id))
         };
         let mut holders: Vec<SeqId> = self
             .sequences

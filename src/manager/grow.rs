@@ -11,6 +11,7 @@
 use std::collections::VecDeque;
 
 use super::pool::NULL;
+use super::table::Table;
 use super::*;
 
 /// The parts of the manager that growing needs.
@@ -39,7 +40,7 @@ pub(super) fn lacking(
     group: &Group,
     policy: &Policy,
     pool: &Pool,
-    table: &[BlockId],
+    table: &Table,
     before: usize,
     goal: Goal<'_>,
 ) -> usize {
@@ -74,7 +75,7 @@ pub(super) fn grow(
         if let Some(b) = shared_tail(group, &device.pool, &row.table, before)
             && let Some(to) = take(device)
         {
-            let from = std::mem::replace(&mut row.table[b], to);
+            let from = row.table.replace(b, to);
             copies.push_back(BlockCopy { group: g as u32, from, to });
             device.pool.release(std::iter::once(from));
         }
@@ -84,9 +85,9 @@ pub(super) fn grow(
             let mut slot = NULL;
             if states.peek().is_some()
                 && moves(group, policy, &device.pool, &row.table, false, goal)
-                && let Some(last) = row.table.last_mut()
+                && let Some(last) = have.checked_sub(1)
             {
-                slot = std::mem::replace(last, NULL);
+                slot = row.table.replace(last, NULL);
             }
             for b in states {
                 let id = match std::mem::replace(&mut slot, NULL) {
@@ -94,13 +95,12 @@ pub(super) fn grow(
                     slot => Some(slot),
                 };
                 let Some(id) = id else { return };
-                row.table.resize(b, NULL);
+                row.table.fill_up(b);
                 row.table.push(id);
             }
             continue;
         }
         let lacks = goal.slots.div_ceil(group.block_size).saturating_sub(row.table.len());
-        row.table.reserve(lacks);
         device.take_each(g, lacks, events, |id| {
             row.table.push(id);
             new_block(g, id);
@@ -126,24 +126,24 @@ fn moves(
     group: &Group,
     policy: &Policy,
     pool: &Pool,
-    table: &[BlockId],
+    table: &Table,
     copied: bool,
     goal: Goal<'_>,
 ) -> bool {
-    let Some(&last) = table.last() else { return false };
+    let Some(last) = table.last() else { return false };
     let own = copied || last != NULL && !pool.is_shared(last);
     own && !(goal.caching && policy.keeps(group, goal.boundaries, table.len() - 1))
 }
 
 /// The partly filled tail block of a sequence of `tokens` when it may not be written, as its index: a copy of
 /// it has to be.
-fn shared_tail(group: &Group, pool: &Pool, table: &[BlockId], tokens: usize) -> Option<usize> {
+fn shared_tail(group: &Group, pool: &Pool, table: &Table, tokens: usize) -> Option<usize> {
     let b = tokens / group.block_size;
     if group.kind == GroupKind::State && b == table.len() {
         // A checkpoint is left behind; a slot that a fork shares would be one block too many.
-        let block = pool.block(*table.last()?);
+        let block = pool.block(table.last()?);
         return (block.users > 1 && !block.cached).then(|| b - 1);
     }
-    let id = *table.get(b).filter(|_| !tokens.is_multiple_of(group.block_size))?;
-    pool.is_shared(id).then_some(b)
+    let inside = b < table.len() && !tokens.is_multiple_of(group.block_size);
+    (inside && pool.is_shared(table.get(b))).then_some(b)
 }

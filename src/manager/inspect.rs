@@ -92,11 +92,9 @@ impl Manager {
                 let (row, _) = self.row(OP, seq, g)?;
                 let in_flight = self.config.in_flight_tokens as usize;
                 let most = group.max_blocks(most, in_flight, &self.config.retention);
-                let sinks = group.sink_blocks.min(row.first_live);
-                let live = row.table[row.first_live.min(row.table.len())..].iter();
-                let held = sinks + live.filter(|&&id| id != NULL).count();
+                let held = row.table.ids().count();
                 // A tail that is shared is taken once more, as a copy.
-                let copy = row.table.last().is_some_and(|&id| self.device.pool.block(id).users > 1);
+                let copy = row.table.last().is_some_and(|id| self.device.pool.block(id).users > 1);
                 needed += (most + usize::from(copy)).saturating_sub(held);
             }
         }

@@ -31,6 +31,7 @@ mod sequence;
 mod states;
 mod stats;
 mod storage;
+mod table;
 mod tiers;
 mod transfer;
 
@@ -308,6 +309,16 @@ pub struct BlockRow<'a> {
     pub live: &'a [BlockId],
     /// Absolute index of the first live block after the sinks.
     pub first_block: u32,
+    /// Blocks of all positions, freed and skipped ones included.
+    pub blocks: u32,
+}
+
+impl BlockRow<'_> {
+    /// The block at an absolute index; `None` where there is none.
+    pub fn get(&self, index: usize) -> Option<BlockId> {
+        let live = || self.live.get(index.checked_sub(self.first_block as usize)?);
+        self.sinks.get(index).or_else(live).copied().filter(|&id| id != NULL)
+    }
 }
 
 /// The state machine. See the module documentation.
@@ -500,17 +511,14 @@ impl Manager {
             vouch(&self.groups, &mut self.device, host, to_persist, sequence, settled);
         }
         for (g, group) in self.groups.iter().enumerate() {
-            let first = group.first_needed(settled);
-            let start = sequence.rows[g].first_live.max(group.sink_blocks);
-            if first > start {
-                let left = &sequence.rows[g].table[start..first];
-                for &id in left.iter().rev().filter(|&&id| id != NULL) {
-                    freed_block(g, id);
-                }
-                self.policy.release(&self.groups, &mut self.device.pool, sequence, g, start..first);
-                let row = &mut sequence.rows[g];
-                row.table[start..first].fill(NULL);
-                row.first_live = first;
+            let table = &sequence.rows[g].table;
+            let leaving = table.leaving(group.first_needed(settled));
+            if !leaving.is_empty() {
+                let left = leaving.clone().rev().map(|b| table.get(b));
+                left.filter(|&id| id != NULL).for_each(|id| freed_block(g, id));
+                let (groups, pool) = (&self.groups, &mut self.device.pool);
+                self.policy.release(groups, pool, sequence, g, leaving.clone());
+                sequence.rows[g].table.leave(leaving);
             }
         }
         self.pump_persists();
@@ -577,8 +585,8 @@ impl Manager {
                 true => finished / group.block_size,
                 false => finished.div_ceil(group.block_size),
             };
-            let unsettled = unsettled.min(row.table.len());
-            for &id in row.table[unsettled..].iter().filter(|&&id| id != NULL) {
+            let blocks = row.table.indices_from(unsettled).map(|b| row.table.get(b));
+            for id in blocks.filter(|&id| id != NULL) {
                 let block = *self.device.pool.block(id);
                 if block.users > 1 {
                     shared.insert(id);
@@ -623,7 +631,7 @@ impl Manager {
             return Err(Error::new("prioritize", ErrorKind::UnknownSequence(seq)));
         };
         for (g, row) in sequence.rows.iter().enumerate() {
-            for &id in row.table.iter().filter(|&&id| id != NULL) {
+            for id in row.table.ids() {
                 self.device.pool.order.raise(id, priority);
                 let block = self.device.pool.block(id);
                 for tier in self.host.iter_mut().chain(&mut self.storage).filter(|_| block.cached) {
@@ -639,26 +647,26 @@ impl Manager {
     /// The live blocks of a sequence in a group.
     pub fn block_row(&self, seq: SeqId, group: usize) -> Result<BlockRow<'_>> {
         const OP: &str = "block row";
-        let (row, rule) = self.row(OP, seq, group)?;
-        let first_block = row.first_live.max(rule.sink_blocks);
-        let sinks = rule.sink_blocks.min(row.table.len());
+        let table = &self.row(OP, seq, group)?.0.table;
         Ok(BlockRow {
-            sinks: &row.table[..sinks],
-            live: row.table.get(first_block..).unwrap_or_default(),
-            first_block: first_block as u32,
+            sinks: table.sinks(),
+            live: table.live(),
+            first_block: table.first() as u32,
+            blocks: table.len() as u32,
         })
     }
 
-    /// Block ids of all token positions of a group's table, 0 at freed and skipped positions.
-    pub fn table(&self, seq: SeqId, group: usize) -> Result<&[BlockId]> {
-        Ok(&self.row("table", seq, group)?.0.table)
+    /// Block ids of all token positions of a group's table, 0 at freed and skipped positions: as long as the
+    /// sequence, where [`Self::block_row`] has what is live alone.
+    pub fn table(&self, seq: SeqId, group: usize) -> Result<Vec<BlockId>> {
+        Ok(self.row("table", seq, group)?.0.table.to_vec())
     }
 
     /// Drops block `index` of a sequence's table from the prefix index; it is not cached again. No change
     /// when it is not cached.
     pub fn forget(&mut self, seq: SeqId, group: usize, index: usize) -> Result<()> {
         let (row, _) = self.row("forget", seq, group)?;
-        let id = row.table.get(index).copied().unwrap_or(NULL);
+        let id = row.table.get(index);
         let block = *self.device.pool.block(id);
         if block.cached {
             self.device.remove(id);

@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 
 use super::events::EventKind;
-use super::pool::NULL;
+use super::table::Table;
 use super::tiers::slots::{Reserved, Source};
 use super::*;
 
@@ -42,7 +42,7 @@ pub(super) fn offer(
             .map(|(g, (group, row))| ((row.offered + 1) * group.block_size, g));
         let Some((_, g)) = ends.filter(|&(end, _)| end <= sequence.computed).min() else { return };
         let row = &mut sequence.rows[g];
-        let (b, id) = (row.offered, row.table[row.offered]);
+        let (b, id) = (row.offered, row.table.get(row.offered));
         row.offered += 1;
         if !policy.offers(&groups[g], &sequence.boundaries, b) {
             continue;
@@ -102,10 +102,11 @@ pub(super) fn vouch(
     for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
         let end = (settled / group.block_size).min(row.table.len());
         for b in row.settled..end {
-            let block = device.pool.block_mut(row.table[b]);
+            let id = row.table.get(b);
+            let block = device.pool.block_mut(id);
             if block.cached {
                 block.settled = true;
-                to_persist.extend(host.settle(g, &block.hash, row.table[b]));
+                to_persist.extend(host.settle(g, &block.hash, id));
             }
         }
         row.settled = row.settled.max(end);
@@ -118,12 +119,7 @@ impl Manager {
     ///
     /// # Errors
     /// `NoFreeBlocks` while such blocks are being stored, or wait for their turn: no block has been taken.
-    pub(super) fn clean(
-        &mut self,
-        op: &'static str,
-        fresh: usize,
-        hits: &[Vec<BlockId>],
-    ) -> Result<()> {
+    pub(super) fn clean(&mut self, op: &'static str, fresh: usize, hits: &[Table]) -> Result<()> {
         let (Some(host), Some(HostConfig { write: WritePolicy::Back, max_offloads, .. })) =
             (&mut self.host, &self.config.host)
         else {
@@ -133,8 +129,8 @@ impl Manager {
             return Ok(());
         }
         let Self { device, flights, events, stats, cleaning, .. } = self;
-        let unused = |id: &BlockId| *id != NULL && device.pool.is_available(*id);
-        let hits: HashSet<BlockId> = hits.iter().flatten().copied().filter(unused).collect();
+        let unused = |id: &BlockId| device.pool.is_available(*id);
+        let hits: HashSet<BlockId> = hits.iter().flat_map(Table::ids).filter(unused).collect();
         cleaning.clear();
         let next = device
             .pool

@@ -10,6 +10,7 @@ use super::hash::{BlockHash, HashedTokens};
 use super::pool::NULL;
 use super::retention::Boundaries;
 use super::storage::Load;
+use super::table::Table;
 use super::tiers::slots::{Reserved, Source};
 use super::*;
 
@@ -84,15 +85,17 @@ impl Manager {
         for (g, (group, row)) in self.groups.iter().zip(&sequence.rows).enumerate() {
             for index in group.held(computed) {
                 // The slot of a state may have gone ahead, with the state of what is computed.
-                let ahead = || row.table[index..].iter().copied().find(|&id| id != NULL);
+                let ahead = || {
+                    row.table.indices_from(index).map(|b| row.table.get(b)).find(|&id| id != NULL)
+                };
                 let id = match group.kind {
                     GroupKind::State => ahead().unwrap_or(NULL),
-                    GroupKind::Attention(_) => row.table[index],
+                    GroupKind::Attention(_) => row.table.get(index),
                 };
                 let block = self.device.pool.block(id);
                 let whole = (index + 1) * group.block_size <= computed;
                 // A slot that has gone ahead is named by the state it will hold.
-                let hash = match block.cached && whole && row.table[index] == id {
+                let hash = match block.cached && whole && row.table.get(index) == id {
                     true => block.hash,
                     false => sequence.tokens.private(sequence.generation, index),
                 };
@@ -178,13 +181,16 @@ impl Manager {
 
         let (computed, boundaries) = (preempted.computed, preempted.boundaries);
         let (num_tokens, generation) = (preempted.tokens.len(), preempted.generation);
-        let tables = self.groups.iter().map(|group| computed.div_ceil(group.block_size));
-        let mut tables: Vec<Vec<BlockId>> = tables.map(|blocks| vec![NULL; blocks]).collect();
+        let held = |group: &Group| {
+            let blocks = computed.div_ceil(group.block_size);
+            Table::new(group.sink_blocks, group.first_needed(computed), blocks)
+        };
+        let mut tables: Vec<Table> = self.groups.iter().map(held).collect();
         let mut loads = Vec::new();
         for saved in &preempted.saved {
             match on_device(saved) {
                 NULL => loads.push(*saved),
-                id => tables[saved.group][saved.index] = id,
+                id => _ = tables[saved.group].replace(saved.index, id),
             }
         }
         let caching = self.config.prefix_caching;
@@ -194,10 +200,10 @@ impl Manager {
         let (mut fresh, mut found) = (loads.len(), 0);
         for (group, table) in self.groups.iter().zip(&tables) {
             fresh += lacking(group, &self.policy, &self.device.pool, table, edge(group), goal);
-            found += table.iter().filter(|&&id| id != NULL).count();
+            found += table.ids().count();
         }
-        let hits = tables.iter().flatten().filter(|&&id| id != NULL);
-        let unused = hits.filter(|&&id| self.device.pool.is_available(id)).count();
+        let hits = tables.iter().flat_map(Table::ids);
+        let unused = hits.filter(|&id| self.device.pool.is_available(id)).count();
         self.events.seal();
         let (pool, stats) = (&self.device.pool, &mut self.stats);
         check_room(OP, pool, stats, num_tokens, fresh + found, fresh + unused)?;
@@ -206,9 +212,7 @@ impl Manager {
         let Some(Preempted { tokens, saved, .. }) = self.preempted.remove(&seq) else {
             return Err(Error::new(OP, ErrorKind::UnknownSequence(seq)));
         };
-        for &id in tables.iter().flatten().filter(|&&id| id != NULL) {
-            self.device.pool.touch(id);
-        }
+        tables.iter().flat_map(Table::ids).for_each(|id| self.device.pool.touch(id));
         let mut new_blocks = vec![Vec::new(); self.groups.len()];
         let mut ids = Vec::with_capacity(loads.len());
         for &Saved { group, index, hash, slot } in &loads {
@@ -216,7 +220,7 @@ impl Manager {
                 debug_assert!(false, "room was checked");
                 continue;
             };
-            tables[group][index] = block;
+            tables[group].replace(index, block);
             new_blocks[group].push(block);
             self.device.pool.pin(block);
             let id = self.flights.name();
@@ -227,9 +231,8 @@ impl Manager {
             saved.iter().for_each(|saved| host.unpin(saved.slot));
         }
         let alignment = self.policy.alignment;
-        let row = |(group, table): (&Group, Vec<BlockId>)| Row {
+        let row = |(group, table): (&Group, Table)| Row {
             table,
-            first_live: group.first_needed(computed),
             considered: computed / alignment * alignment / group.block_size,
             offered: computed / group.block_size,
             settled: computed / group.block_size,

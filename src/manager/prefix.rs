@@ -4,6 +4,7 @@ use super::BlockId;
 use super::groups::{Group, align_down};
 use super::hash::BlockHash;
 use super::pool::NULL;
+use super::table::Table;
 use super::tiers::device::DeviceTier;
 use super::tiers::slots::SlotTier;
 use super::tiers::{Candidate, CostModel};
@@ -41,7 +42,7 @@ pub(super) struct Found {
     /// Tokens that all full groups hold, when that is more than `tokens`; else 0.
     pub junction: usize,
     /// Per group, device blocks of the prefix; [`NULL`] where none is needed, or where it is in a lower tier.
-    pub rows: Vec<Vec<BlockId>>,
+    pub rows: Vec<Table>,
 }
 
 impl Search<'_> {
@@ -81,7 +82,8 @@ impl Search<'_> {
     /// The joint hit of at most `limit` tokens.
     pub fn run(&self, limit: usize) -> Found {
         let limit = align_down(limit, self.alignment);
-        let mut rows: Vec<Vec<BlockId>> = vec![Vec::new(); self.groups.len()];
+        let empty = |group: &Group| Table::new(group.sink_blocks, 0, 0);
+        let mut rows: Vec<Table> = self.groups.iter().map(empty).collect();
 
         // Full groups are looked up once: a prefix of their hit is a hit.
         let (mut full, mut full_host, mut full_device) = (limit, limit, limit);
@@ -93,7 +95,7 @@ impl Search<'_> {
             any_full = true;
             let end = full / group.block_size;
             let row = &mut rows[g];
-            row.reserve(end);
+            row.reserve(end, end);
             let (mut device_end, mut host_end) = (None, None);
             for b in 0..end {
                 let id = self.on_device(g, b);
@@ -136,11 +138,13 @@ impl Search<'_> {
 
         for (g, group) in self.groups.iter().enumerate() {
             let end = tokens / group.block_size;
-            rows[g].resize(end, NULL);
-            if !group.is_full() {
-                for b in group.needed(tokens) {
-                    rows[g][b] = self.on_device(g, b);
-                }
+            if group.is_full() {
+                rows[g].truncate(end);
+                continue;
+            }
+            rows[g] = Table::new(group.sink_blocks, group.first_needed(tokens), end);
+            for b in group.needed(tokens) {
+                rows[g].replace(b, self.on_device(g, b));
             }
         }
         let junction = if any_full && full > tokens { full } else { 0 };

@@ -107,7 +107,7 @@ impl Policy {
         sequence.boundaries.end = end;
         for (group, row) in groups.iter().zip(&mut sequence.rows) {
             let tail = group.first_needed(end).saturating_sub(self.slack(group));
-            row.offered = row.offered.min(tail.max(row.first_live));
+            row.offered = row.offered.min(tail.max(row.table.first()));
         }
     }
 
@@ -206,14 +206,14 @@ impl Policy {
         edges.into_iter().filter(|&edge| edge > b).min().unwrap_or(usize::MAX)
     }
 
-    /// Gives the blocks `range` of one row of a sequence back, the later first.
+    /// Gives blocks of one row of a sequence back, the later first.
     pub fn release(
         &self,
         groups: &[Group],
         pool: &mut Pool,
         sequence: &Sequence,
         g: usize,
-        range: Range<usize>,
+        indices: impl DoubleEndedIterator<Item = usize>,
     ) {
         let (group, boundaries) = (&groups[g], &sequence.boundaries);
         let lead = self.lead.filter(|&lead| lead != g);
@@ -224,18 +224,19 @@ impl Policy {
             }
             let like = lead.and_then(|lead| {
                 let token = (b + 1) * group.block_size - 1;
-                sequence.rows[lead].table.get(token / groups[lead].block_size).copied()
+                let id = sequence.rows[lead].table.get(token / groups[lead].block_size);
+                (id != NULL).then_some(id)
             });
             like.map_or(Standing::Own, Standing::Like)
         };
-        let blocks = range.rev().map(|b| (b, sequence.rows[g].table[b]));
+        let blocks = indices.rev().map(|b| (b, sequence.rows[g].table.get(b)));
         pool.release_as(blocks.filter(|&(_, id)| id != NULL), standing);
     }
 
     /// Gives all blocks of a sequence back: group by group, the later first.
     pub fn release_all(&self, groups: &[Group], pool: &mut Pool, sequence: &Sequence) {
         for (g, row) in sequence.rows.iter().enumerate() {
-            self.release(groups, pool, sequence, g, 0..row.table.len());
+            self.release(groups, pool, sequence, g, row.table.indices_from(0));
         }
     }
 }

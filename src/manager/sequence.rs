@@ -1,17 +1,14 @@
 //! One live sequence: its hashes and, per layer group, its table of blocks.
 
-use super::BlockId;
 use super::hash::HashedTokens;
 use super::quota::TenantId;
 use super::retention::Boundaries;
+use super::table::Table;
 
 /// A sequence's table in one group.
 #[derive(Debug, Default, Clone)]
 pub(super) struct Row {
-    /// Blocks of all token positions; the null block at freed and skipped ones.
-    pub table: Vec<BlockId>,
-    /// Blocks before this one, sinks apart, have left the table.
-    pub first_live: usize,
+    pub table: Table,
     /// Blocks before this one have been considered for caching.
     pub considered: usize,
     /// Blocks before this one have been offered to the host tier.
@@ -25,9 +22,10 @@ pub(super) struct Row {
 }
 
 impl Row {
-    /// Makes room for a table of `blocks` blocks in all, `stored` of which the host takes.
-    pub fn reserve(&mut self, blocks: usize, stored: usize) {
-        self.table.reserve_exact(blocks.saturating_sub(self.table.len()));
+    /// Makes room for a table of `blocks` blocks in all, of which at most `live` live at once, and `stored` of which
+    /// the host takes.
+    pub fn reserve(&mut self, blocks: usize, live: usize, stored: usize) {
+        self.table.reserve(blocks, live);
         self.stored.reserve_exact(stored.saturating_sub(self.stored.len()));
     }
 
@@ -88,7 +86,8 @@ pub(super) struct Sequence {
 impl Sequence {
     /// Bytes of its tokens, hashes and tables, with the room these have to grow.
     pub fn bytes(&self) -> usize {
-        let tables = self.rows.iter().map(|row| row.table.capacity() + row.stored.capacity());
-        self.tokens.bytes() + tables.sum::<usize>() * size_of::<BlockId>()
+        let stored = |row: &Row| row.stored.capacity() * size_of::<u32>();
+        let rows = self.rows.iter().map(|row| row.table.bytes() + stored(row));
+        self.tokens.bytes() + rows.sum::<usize>()
     }
 }

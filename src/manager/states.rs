@@ -49,8 +49,9 @@ impl Manager {
                 ),
             ));
         }
-        let from =
-            |b: usize| row.table.iter().copied().enumerate().skip(b).filter(|&(_, id)| id != NULL);
+        let from = |b: usize| {
+            row.table.indices_from(b).map(|b| (b, row.table.get(b))).filter(|&(_, id)| id != NULL)
+        };
         let source = match start {
             0 => NULL,
             _ => from((start - 1) / rule.block_size).next().map_or(NULL, |(_, id)| id),

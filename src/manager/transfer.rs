@@ -390,7 +390,7 @@ impl Manager {
         let whole_hit = align_down(hit, policy.alignment);
         let lost: HashSet<(usize, usize)> = sequence.lost.drain(..).collect();
         let whole =
-            |g: usize, b: usize| sequence.rows[g].table[b] != NULL && !lost.contains(&(g, b));
+            |g: usize, b: usize| sequence.rows[g].table.get(b) != NULL && !lost.contains(&(g, b));
         let valid = fixed_point(groups.iter().enumerate(), whole_hit, policy.alignment, whole);
 
         // Whatever lies between is written again, so it must be ours alone: found blocks are given back.
@@ -404,7 +404,7 @@ impl Manager {
         };
         for (group, row) in groups.iter().zip(&sequence.rows) {
             for b in valid / group.block_size..hit / group.block_size {
-                let id = row.table[b];
+                let id = row.table.get(b);
                 if !own(&device.pool, id) {
                     fresh += usize::from(written(group, row, b));
                     returned += usize::from(id != NULL && device.pool.frees(id));
@@ -415,20 +415,19 @@ impl Manager {
             return None;
         }
         for (group, row) in groups.iter().zip(&mut sequence.rows) {
-            let again = &mut row.table[valid / group.block_size..hit / group.block_size];
-            for id in again.iter_mut().rev() {
-                if !own(&device.pool, *id) {
-                    device.pool.release(std::iter::once(std::mem::replace(id, NULL)));
+            row.table.reach_back(valid / group.block_size);
+            for b in (valid / group.block_size..hit / group.block_size).rev() {
+                if !own(&device.pool, row.table.get(b)) {
+                    device.pool.release(std::iter::once(row.table.replace(b, NULL)));
                 }
             }
         }
         for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
             for b in valid / group.block_size..hit / group.block_size {
-                if row.table[b] == NULL && written(group, row, b) {
-                    row.table[b] = device.take(g, events)?;
+                if row.table.get(b) == NULL && written(group, row, b) {
+                    row.table.replace(b, device.take(g, events)?);
                 }
             }
-            row.first_live = group.first_needed(valid);
             row.considered = row.considered.min(valid / group.block_size);
             row.settled = row.settled.min(valid / group.block_size);
             // Nothing of it has been offered to the host: it has waited for its loads until now.

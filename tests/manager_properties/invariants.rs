@@ -77,7 +77,7 @@ impl World {
         }
         for (&seq, sequence) in &self.sequences {
             // One bound of sizing and admission, whatever was looked ahead.
-            let held = self.groups().flat_map(|g| self.table(seq, g)).filter(|&&id| id != 0);
+            let held = self.groups().flat_map(|g| self.table(seq, g)).filter(|&id| id != 0);
             let most = self.m.max_blocks(sequence.tokens.len() + LONGEST_LOOKAHEAD);
             prop_assert!(held.count() <= most, "more blocks than the bound says");
         }

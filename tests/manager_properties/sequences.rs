@@ -144,7 +144,7 @@ impl World {
         let copies: Vec<BlockId> = self
             .groups()
             .flat_map(|g| own[g].iter().zip(self.table(seq, g)))
-            .filter_map(|(was, is)| self.forgotten.contains(was).then_some(*is))
+            .filter_map(|(was, is)| self.forgotten.contains(was).then_some(is))
             .collect();
         self.forgotten.extend(copies);
         let sequence = self.sequences.get_mut(&seq).unwrap();
@@ -274,7 +274,7 @@ impl World {
         for g in self.groups() {
             let left = tables[g].iter().zip(self.table(seq, g)).rev();
             let left: Vec<BlockId> =
-                left.filter(|(was, is)| was != is).map(|(was, _)| *was).collect();
+                left.filter(|(was, is)| *was != is).map(|(was, _)| *was).collect();
             prop_assert_eq!(&freed[g], &left);
         }
         self.end_of_call(&writing, 0)?;

@@ -165,7 +165,7 @@ impl World {
     }
 
     /// None of one that is swapped out.
-    pub fn table(&self, seq: u64, g: usize) -> &[BlockId] {
+    pub fn table(&self, seq: u64, g: usize) -> Vec<BlockId> {
         self.m.table(seq, g).unwrap_or_default()
     }
 

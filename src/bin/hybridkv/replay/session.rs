@@ -254,7 +254,7 @@ impl Session {
             // What the table has of the hit and the device had not.
             let loads: Vec<usize> = (hit.blocks.iter().zip(self.blocks(seq)?))
                 .map(|(found, table)| {
-                    found.iter().zip(table).filter(|&(found, id)| *found == 0 && *id != 0).count()
+                    found.iter().zip(table).filter(|&(found, id)| *found == 0 && id != 0).count()
                 })
                 .collect();
             answer["device_hit_tokens"] = allocation.device_hit_tokens.into();
@@ -282,7 +282,7 @@ impl Session {
         let sequence = self.sequences.get_mut(id).ok_or_else(|| unknown(id))?;
         let tables: Vec<Vec<u32>> = match self.memory {
             Some(_) => (0..self.manager.config().groups.len())
-                .map(|g| self.manager.table(sequence.seq, g).map(<[_]>::to_vec))
+                .map(|g| self.manager.table(sequence.seq, g))
                 .collect::<Result<_>>()?,
             None => Vec::new(),
         };
@@ -376,7 +376,7 @@ impl Session {
     }
 
     /// Whole tables, with 0 at freed and skipped positions.
-    fn blocks(&self, seq: SeqId) -> Result<Vec<&[u32]>> {
+    fn blocks(&self, seq: SeqId) -> Result<Vec<Vec<u32>>> {
         (0..self.manager.config().groups.len()).map(|g| self.manager.table(seq, g)).collect()
     }
 

@@ -77,9 +77,10 @@ impl Sampler {
         for slice in batch {
             let hashes = &hashes[first..first + slice.tokens as usize];
             for g in 0..self.block_sizes.len() {
-                let (table, size) = (manager.table(slice.seq, g)?, self.block_sizes[g]);
+                let (row, size) = (manager.block_row(slice.seq, g)?, self.block_sizes[g]);
                 for (position, &hash) in (slice.start as usize..).zip(hashes) {
-                    self.note(table[position / size], position % size, hash);
+                    let block = row.get(position / size).unwrap_or_default();
+                    self.note(block, position % size, hash);
                 }
             }
             first += slice.tokens as usize;
