@@ -260,3 +260,54 @@ fn a_step_allocates_nothing_once_its_sequences_are_reserved() {
         }
     }
 }
+
+#[test]
+fn tables_of_windowed_groups_are_as_long_as_a_window_and_a_step_whatever_the_sequence_is() {
+    const TOKENS: usize = 10_000_000;
+    const STEP: usize = 8192;
+    // A step is 512 blocks, a table at most twice as long; one of all blocks would take 2.5 MB.
+    const TABLES: usize = 2 * 10_000;
+    let manager = |prefix_caching| {
+        let sinks = GroupConfig { sink_tokens: 64, ..GroupConfig::new(SLIDING, BLOCK_SIZE) };
+        Manager::new(ManagerConfig {
+            groups: vec![sinks, GroupConfig::new(CHUNKED, BLOCK_SIZE)],
+            prefix_caching,
+            max_model_len: TOKENS as u32 + 1,
+            in_flight_tokens: STEP as u32,
+            ..config(&[], 4096, Eviction::Reuse)
+        })
+        .unwrap()
+    };
+    let tokens = prompt(0, TOKENS as u32 + 1);
+    let mut lengths: Vec<usize> = (STEP..TOKENS).step_by(STEP).collect();
+    lengths.push(TOKENS);
+    let serve = |m: &mut Manager| {
+        m.allocate(0, &tokens[..STEP], KEYS, 0).unwrap();
+        for pair in lengths.windows(2) {
+            m.advance_with(0, pair[0], pair[0], |_, _| {}).unwrap();
+            m.append_with(0, &tokens[pair[0]..pair[1]], |_, _| {}).unwrap();
+        }
+        m.advance_with(0, TOKENS, TOKENS, |_, _| {}).unwrap();
+    };
+
+    // Nothing is hashed, and no token is kept: a sequence is its tables.
+    let mut m = manager(false);
+    let before = LIVE_BYTES.get();
+    serve(&mut m);
+    let taken = LIVE_BYTES.get() - before;
+    assert!(m.metadata().sequences <= TABLES, "{:?}", m.metadata());
+    assert!(taken <= 2 * TABLES, "{taken} bytes, {:?}", m.metadata());
+    m.fork(0, 1).unwrap();
+    assert!(m.metadata().sequences <= 2 * TABLES, "{:?}", m.metadata());
+
+    // The table of a hit is as short as that of who computed it.
+    let mut m = manager(true);
+    serve(&mut m);
+    m.free(0).unwrap();
+    let before = LIVE_BYTES.get();
+    let hashed = m.hash(&tokens, KEYS);
+    let tokens_and_hashes = LIVE_BYTES.get() - before;
+    let hit = m.allocate_hashed(0, hashed, 0).unwrap();
+    assert_eq!(hit.hit_tokens, TOKENS);
+    assert!(m.metadata().sequences <= tokens_and_hashes + TABLES, "{:?}", m.metadata());
+}
