@@ -19,7 +19,7 @@ const FAKE: &str = r#"
 #include <string.h>
 
 #define SUCCEED(name) int name() { return 0; }
-SUCCEED(cuDeviceGet) SUCCEED(cuDevicePrimaryCtxRetain) SUCCEED(cuDevicePrimaryCtxRelease_v2)
+SUCCEED(cuDeviceGet) SUCCEED(cuDeviceGetPCIBusId) SUCCEED(cuDevicePrimaryCtxRetain) SUCCEED(cuDevicePrimaryCtxRelease_v2)
 SUCCEED(cuCtxGetCurrent) SUCCEED(cuCtxPushCurrent_v2) SUCCEED(cuCtxPopCurrent_v2)
 SUCCEED(cuCtxSynchronize) SUCCEED(cuMemFree_v2) SUCCEED(cuMemHostUnregister) SUCCEED(cuMemcpyAsync)
 SUCCEED(cuMemsetD8Async) SUCCEED(cuStreamDestroy_v2) SUCCEED(cuStreamSynchronize)

@@ -9,6 +9,7 @@ mod cgroup;
 pub mod cpu;
 pub mod cuda;
 pub(crate) mod host;
+mod numa;
 
 use std::ffi::c_void;
 use std::fmt;
@@ -250,6 +251,11 @@ impl Device {
     pub fn alloc_pinned(&self, bytes: usize) -> Result<PinnedBuffer> {
         let address = if bytes == 0 { 0 } else { self.backend.alloc_pinned(bytes)? };
         Ok(PinnedBuffer { device: self.clone(), address, bytes })
+    }
+
+    /// Addresses that no single driver copy may cross; see [`cuda::CudaDevice::pinned_edges`]. None on the CPU.
+    pub fn pinned_edges(&self) -> Vec<u64> {
+        self.backend.as_cuda().map(cuda::CudaDevice::pinned_edges).unwrap_or_default()
     }
 
     /// A new stream.

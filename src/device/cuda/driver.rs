@@ -103,6 +103,7 @@ driver_api! {
     device_get = cuDeviceGet(device: *mut c_int, ordinal: c_int);
     device_get_name = cuDeviceGetName(name: *mut c_char, length: c_int, device: c_int);
     device_get_attribute = cuDeviceGetAttribute(value: *mut c_int, attribute: c_uint, device: c_int);
+    device_get_pci_bus_id = cuDeviceGetPCIBusId(text: *mut c_char, length: c_int, device: c_int);
     device_total_mem = cuDeviceTotalMem_v2(bytes: *mut usize, device: c_int);
     primary_ctx_retain = cuDevicePrimaryCtxRetain(context: *mut sys::CUcontext, device: c_int);
     primary_ctx_release = cuDevicePrimaryCtxRelease_v2(device: c_int);

@@ -9,19 +9,21 @@ mod graph;
 mod launch;
 mod memory;
 mod module;
+mod pinned;
 
 use std::ffi::c_void;
 use std::fmt;
 use std::sync::{PoisonError, RwLock};
 
 use cudarc::driver::sys;
+use rustix::thread::CpuSet;
 
 pub use graph::Graph;
 pub use launch::LaunchConfig;
 pub(crate) use launch::launch;
 pub(crate) use module::{Function, Library};
 
-use super::{Backend, CopyRegion, DeviceInfo, DeviceKind, Task};
+use super::{Backend, CopyRegion, DeviceInfo, DeviceKind, Task, numa};
 use crate::error::{Error, ErrorKind, Result};
 use driver::{Driver, Failure};
 
@@ -36,6 +38,8 @@ pub struct CudaDevice {
     seams: RwLock<Vec<u64>>,
     /// Bytes of pinned memory per registration with the driver.
     registration_bytes: usize,
+    /// Processors of the device's NUMA node, where it is known.
+    near: Option<CpuSet>,
 }
 
 // SAFETY: the driver API is thread safe, and the context handle may be used from any thread.
@@ -74,7 +78,8 @@ impl CudaDevice {
             context,
             info,
             seams: RwLock::default(),
-            registration_bytes: memory::REGISTRATION_BYTES,
+            registration_bytes: pinned::REGISTRATION_BYTES,
+            near: bus_id(driver, device).and_then(|id| numa::near(&id)),
         })
     }
 
@@ -89,6 +94,12 @@ impl CudaDevice {
     /// Ordinal of the device.
     pub fn ordinal(&self) -> usize {
         self.ordinal
+    }
+
+    /// Addresses in ascending order that no single copy of the driver may cross: where two registrations of one
+    /// pinned buffer meet. [`StreamRef::copy`](crate::device::StreamRef::copy) splits there; kernels need not.
+    pub fn pinned_edges(&self) -> Vec<u64> {
+        self.seams.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Free device memory in bytes at this moment.
@@ -169,6 +180,17 @@ fn describe(driver: &Driver, device: i32) -> Result<DeviceInfo, Failure> {
         )?,
         driver_version: driver.version()?,
     })
+}
+
+/// The PCI address of a device, as sysfs has it.
+fn bus_id(driver: &Driver, device: i32) -> Option<String> {
+    let mut text = [0u8; 32];
+    // SAFETY: the buffer and its length belong together; the device exists.
+    unsafe {
+        driver.device_get_pci_bus_id(text.as_mut_ptr().cast(), text.len() as i32, device).ok()?
+    };
+    let length = text.iter().position(|&byte| byte == 0)?;
+    std::str::from_utf8(&text[..length]).ok().map(str::to_owned)
 }
 
 // SAFETY: every function is the driver call of that meaning on the primary context; handles are the
@@ -283,7 +305,7 @@ unsafe impl Backend for CudaDevice {
         let CopyRegion { mut src, mut dst, mut bytes } = region;
         while bytes > 0 {
             let part =
-                memory::until_seam(&seams, src, bytes).min(memory::until_seam(&seams, dst, bytes));
+                pinned::until_seam(&seams, src, bytes).min(pinned::until_seam(&seams, dst, bytes));
             // SAFETY: the caller's promise, for a part of the ranges.
             unsafe { self.driver.memcpy_async(dst, src, part, stream.cast())? };
             src += part as u64;
@@ -298,7 +320,7 @@ unsafe impl Backend for CudaDevice {
         let seams = self.seams.read().unwrap_or_else(PoisonError::into_inner);
         let (mut address, mut bytes) = (address, bytes);
         while bytes > 0 {
-            let part = memory::until_seam(&seams, address, bytes);
+            let part = pinned::until_seam(&seams, address, bytes);
             // SAFETY: the caller's promise, for a part of the range.
             unsafe { self.driver.memset_d8_async(address, byte, part, stream.cast())? };
             address += part as u64;

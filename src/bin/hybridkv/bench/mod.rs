@@ -2,6 +2,7 @@
 //! measured in one run. Memory rotates past the L2 cache, blocks lie in random order, times are medians
 //! of CUDA graph replays.
 
+mod arena;
 mod attention;
 mod manager;
 mod planning;
@@ -330,6 +331,7 @@ impl Bench<'_> {
         self.memory_limits()?;
         self.link_limits(&arenas)?;
         header();
+        self.arena()?;
         let most = self.scaled(512 << 20).min(arenas.side_bytes());
         for direction in [Direction::H2d, Direction::D2h, Direction::D2d] {
             let limit = self.report.limits[&format!("copy_engine_{}_gbps", direction.name())];
