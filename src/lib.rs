@@ -10,6 +10,7 @@
 #![deny(missing_docs)]
 
 pub mod abi;
+pub mod codec;
 pub mod device;
 pub mod e4m3;
 pub mod engine;
