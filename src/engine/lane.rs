@@ -4,14 +4,16 @@
 //! whoever needs a layer of them waits for its part alone.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use crate::abi::hkv_copy;
 use crate::device::{Device, Event, PinnedBuffer, Span, Stream, StreamRef};
 use crate::error::Result;
 use crate::manager::{Direction, Outcome, SeqId, TransferId};
-use crate::ops::{CtaQuota, Kernels, MoveArgs};
+use crate::ops::Kernels;
 
 use super::fault::{FaultKind, Faults};
+use super::mover::{Mover, Traffic};
 use super::parts::Parts;
 
 /// Batches in flight per lane.
@@ -42,7 +44,6 @@ impl LaneStats {
 /// One transfer with its addresses.
 pub(super) struct Move {
     pub id: TransferId,
-    pub direction: Direction,
     pub group: u32,
     /// The sequence that waits for it.
     pub seq: Option<SeqId>,
@@ -75,7 +76,9 @@ struct Batch {
 }
 
 pub(super) struct Lane {
+    direction: Direction,
     stream: Stream,
+    mover: Mover,
     ring: Vec<Batch>,
     /// Index of the oldest batch in flight.
     head: usize,
@@ -90,7 +93,8 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    pub fn new(device: &Device) -> Result<Self> {
+    pub fn new(kernels: &Arc<Kernels>, direction: Direction) -> Result<Self> {
+        let device = kernels.device();
         let batch = || -> Result<Batch> {
             Ok(Batch {
                 start: device.timed_event()?,
@@ -105,7 +109,9 @@ impl Lane {
             })
         };
         Ok(Self {
+            direction,
             stream: device.stream()?,
+            mover: Mover::new(kernels),
             ring: (0..BATCHES).map(|_| batch()).collect::<Result<_>>()?,
             head: 0,
             in_flight: 0,
@@ -164,14 +170,15 @@ impl Lane {
     /// Launches the next batch with as many of `moves` as it takes. The ring must have room.
     pub fn start(
         &mut self,
-        kernels: &Kernels,
         faults: &mut Faults,
         parts: &Parts,
+        both_ways: bool,
         moves: impl Iterator<Item = Move>,
     ) -> Result<()> {
         let name = self.retired + self.in_flight as u64;
         let at = (self.head + self.in_flight) % BATCHES;
-        let Self { stream, ring, last, moves: batch_moves, .. } = self;
+        let Self { direction, stream, mover, ring, last, moves: batch_moves, .. } = self;
+        let traffic = Traffic { direction: *direction, both_ways };
         let (stream, batch) = (stream.as_ref(), &mut ring[at]);
         batch_moves.clear();
         batch_moves.extend(moves.take(parts.batch()));
@@ -181,7 +188,7 @@ impl Lane {
         stream.record(&batch.start)?;
         // Fills go to the stream before the copies (they touch other blocks); corruptions come after.
         let mut corrupted = Vec::new();
-        for Move { id, direction, seq, dst, bytes, .. } in batch_moves.iter_mut() {
+        for Move { id, seq, dst, bytes, .. } in batch_moves.iter_mut() {
             let fault = faults.take(*direction, *id);
             let failed = matches!(fault, Some(FaultKind::Fail | FaultKind::Short));
             batch.transfers.push((*id, if failed { Outcome::Failed } else { Outcome::Succeeded }));
@@ -224,11 +231,10 @@ impl Lane {
             let entry = size_of::<hkv_copy>();
             let copies = Span::new((first + start * entry) as u64, ((end - start) * entry) as u64);
             let num_copies = (end - start) as u64;
-            let args = MoveArgs { copies, num_copies, quota: CtaQuota::HOST_LINK };
             // SAFETY: the descriptors stay as they are until the batch has ended. Every source and target is
             // inside of a block or slot in the engine's memory, ordered behind the compute stream, and
             // reserved by the manager until the transfer is reported as ended; parts do not overlap.
-            unsafe { kernels.move_blocks(&args, stream)? };
+            unsafe { mover.submit(copies, num_copies, traffic, stream)? };
             if part + 1 < num_parts {
                 stream.record(&batch.parts[part])?;
             }
@@ -277,6 +283,10 @@ impl Lane {
         self.head = (self.head + 1) % BATCHES;
         self.in_flight -= 1;
         Ok(())
+    }
+
+    pub fn is_busy(&self) -> bool {
+        self.in_flight > 0
     }
 
     pub fn outstanding(&self) -> usize {

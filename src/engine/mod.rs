@@ -14,6 +14,7 @@
 mod copies;
 mod fault;
 mod lane;
+mod mover;
 mod parts;
 mod storage;
 mod tables;
@@ -224,8 +225,8 @@ impl Engine {
             storage: None,
             load_parts: whole(),
             store_parts: whole(),
-            offload: Lane::new(device)?,
-            onboard: Lane::new(device)?,
+            offload: Lane::new(&kernels, Direction::Offload)?,
+            onboard: Lane::new(&kernels, Direction::Onboard)?,
             copies: Copies::new(device)?,
             fence: device.event()?,
             faults: Faults::default(),
@@ -340,9 +341,9 @@ impl Engine {
             if moves.peek().is_none() {
                 continue;
             }
-            let (lane, parts) = match direction {
-                Direction::Offload => (&mut self.offload, &self.store_parts),
-                _ => (&mut self.onboard, &self.load_parts),
+            let (lane, parts, other) = match direction {
+                Direction::Offload => (&mut self.offload, &self.store_parts, &self.onboard),
+                _ => (&mut self.onboard, &self.load_parts, &self.offload),
             };
             if !self.faults.take_unordered(direction) {
                 lane.wait(&self.fence)?;
@@ -350,9 +351,9 @@ impl Engine {
             while moves.peek().is_some() {
                 lane.make_room(&mut self.ended)?;
                 lane.start(
-                    &self.kernels,
                     &mut self.faults,
                     parts,
+                    other.is_busy(),
                     moves.by_ref().map(|transfer| {
                         let bytes = self.config.block_bytes as u64;
                         let address = |place| match place {
@@ -364,7 +365,7 @@ impl Engine {
                         let (src, dst) =
                             (address(transfer.path.from()), address(transfer.path.to()));
                         let Transfer { id, group, seq, .. } = *transfer;
-                        Move { id, direction, group, seq, src, dst, bytes }
+                        Move { id, group, seq, src, dst, bytes }
                     }),
                 )?;
             }
