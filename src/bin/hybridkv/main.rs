@@ -1,6 +1,7 @@
 //! The `hybridkv` command: one subcommand per module, each with its own arguments and its own `main`.
 
 mod bench;
+mod codec;
 mod plan;
 mod random;
 mod replay;
@@ -35,6 +36,8 @@ enum Command {
     Validate(validate::Args),
     /// Time the kernels beside the machine's own limits.
     Bench(bench::Args),
+    /// Say what codecs cost and lose on captured keys and values.
+    Codec(codec::Args),
     /// Drive the manager from outside: operations, or a whole request trace.
     Replay(Box<replay::Args>),
     /// Read committed reports: tables, and which are stale.
@@ -47,6 +50,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::main(&args),
         Command::Validate(args) => validate::main(&args),
         Command::Bench(args) => bench::main(&args),
+        Command::Codec(args) => codec::main(&args),
         Command::Replay(args) => replay::main(&args),
         Command::Report(args) => report::main(&args),
     };
