@@ -1,116 +1,187 @@
-// Grid: tiles of up to 512 fragments, each shared by `tile_ctas` CTAs of 512 threads; CTAs stride
-// over the tiles. A warp owns one piece of one fragment at a time, 4 KiB or what is left of it:
-// every lane has eight 16-byte loads in flight, then stores them. The pieces of a tile are dealt to
-// the warps of its CTAs in turn, whatever fragment they belong to, so that one large fragment is
-// copied by all of them and no warp idles beside it.
+// Grid: tiles of up to 512 descriptors, each shared by `tile_ctas` CTAs of 512 threads; CTAs stride
+// over the tiles. The 16-byte vectors of a tile are numbered in turn, descriptor by descriptor and
+// row by row; a warp owns one piece at a time, 256 of them, whatever fragments they belong to:
+// every lane has eight loads in flight, then stores them. The pieces of a tile are dealt to the
+// warps of its CTAs in turn. So one large fragment is copied by all of them, and of small ones a
+// warp has as many under way as fill its lanes.
 //
-// copies     [num_copies] descriptors      read once by each CTA of the tile
-// fragments  contiguous, device or mapped pinned host memory; each vector copied by exactly one
-// lane
+// copies  [num_copies] descriptors, of fragments or of blocks   read once by each CTA of the tile
+// rows    contiguous, device or mapped pinned host memory; each vector copied by exactly one lane
 //
-// A few CTAs fill a PCIe link: what counts there is bytes in flight, 64 KiB per CTA.
+// A few CTAs fill a PCIe link: what counts there is bytes in flight, 56 KiB per CTA. 448 threads
+// leave the registers for that, and half of those of a multiprocessor to whatever runs beside.
 #include "abi/params.h"
+#include "policy/divisor.cuh"
 
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 448;
 constexpr int kWarpLanes = 32;
 constexpr int kWarps = kThreads / kWarpLanes;
 constexpr int kLoads = 8;
+constexpr int kPieceVectors = kLoads * kWarpLanes;
+constexpr int kSearched = 512;  // the power of two above kThreads
 
 using Vector = uint4;
-constexpr int kPieceVectors = kLoads * kWarpLanes;
 
-// The fragments of a tile, and where their pieces end when the pieces of all are numbered in turn.
-// 32 bits number 8 TiB of pieces.
+// The descriptors of a tile, and how many vectors come before each when those of all are numbered
+// in turn.
 struct Tile {
-  const Vector* src[kThreads];
-  Vector* dst[kThreads];
-  int64_t vectors[kThreads];
-  int32_t pieces_end[kThreads];
-  int32_t warp_pieces[kWarps];
+  const char* src[kThreads];
+  char* dst[kThreads];
+  int64_t first_vector[kSearched + 1];  // behind the last descriptor: of all
+  int64_t warp_vectors[kWarps];
+  Divisor row_vectors[kThreads];  // of blocks
+  Divisor counts[HKV_MOVE_DIMS];  // of blocks
 };
 
 // Inclusive sum over the lanes of a warp.
-__device__ inline int32_t warp_prefix_sum(int32_t value, int lane) {
+__device__ inline int64_t warp_prefix_sum(int64_t value, int lane) {
   for (int step = 1; step < kWarpLanes; step *= 2) {
-    const int32_t below = __shfl_up_sync(~0u, value, step);
+    const int64_t below = __shfl_up_sync(~0u, value, step);
     if (lane >= step) value += below;
   }
   return value;
 }
 
-// Reads the descriptors, one per thread, and numbers their pieces. Returns how many there are.
-__device__ inline int32_t load_tile(Tile& tile, const hkv_copy* copies, int32_t count) {
+// Reads the descriptors, one per thread, and numbers their vectors. Returns how many pieces those
+// are.
+template <bool kBlocks>
+__device__ inline int32_t load_tile(Tile& tile, const hkv_copy* copies, int32_t count,
+                                    int64_t block_rows) {
   const int thread = threadIdx.x;
   const int lane = thread % kWarpLanes;
   const int warp = thread / kWarpLanes;
-  int32_t pieces = 0;
+  int64_t vectors = 0;
   if (thread < count) {
     const hkv_copy copy = copies[thread];
-    const int64_t vectors = static_cast<int64_t>(copy.bytes / sizeof(Vector));
-    tile.src[thread] = static_cast<const Vector*>(copy.src);
-    tile.dst[thread] = static_cast<Vector*>(copy.dst);
-    tile.vectors[thread] = vectors;
-    pieces = static_cast<int32_t>((vectors + kPieceVectors - 1) / kPieceVectors);
+    vectors = static_cast<int64_t>(copy.bytes / sizeof(Vector));
+    tile.src[thread] = static_cast<const char*>(copy.src);
+    tile.dst[thread] = static_cast<char*>(copy.dst);
+    if (kBlocks && vectors > 0) {
+      tile.row_vectors[thread] = Divisor::of(static_cast<uint32_t>(vectors));
+      vectors *= block_rows;
+    }
   }
-  const int32_t end_in_warp = warp_prefix_sum(pieces, lane);
-  if (lane == kWarpLanes - 1) tile.warp_pieces[warp] = end_in_warp;
+  const int64_t end_in_warp = warp_prefix_sum(vectors, lane);
+  if (lane == kWarpLanes - 1) tile.warp_vectors[warp] = end_in_warp;
   __syncthreads();
-  int32_t before_warp = 0;
-  for (int w = 0; w < warp; ++w) before_warp += tile.warp_pieces[w];
-  tile.pieces_end[thread] = before_warp + end_in_warp;
+  int64_t before_warp = 0;
+  for (int w = 0; w < warp; ++w) before_warp += tile.warp_vectors[w];
+  tile.first_vector[thread + 1] = before_warp + end_in_warp;
+  if (thread == 0) tile.first_vector[0] = 0;
   __syncthreads();
-  return tile.pieces_end[kThreads - 1];
+  if (thread < kSearched - kThreads) {
+    tile.first_vector[kThreads + 1 + thread] = tile.first_vector[kThreads];
+  }
+  __syncthreads();
+  return static_cast<int32_t>((tile.first_vector[kThreads] + kPieceVectors - 1) / kPieceVectors);
 }
 
-// The fragment that piece `piece` belongs to: the first one that ends after it.
-__device__ inline int find_fragment(const Tile& tile, int32_t piece) {
+// The descriptor that a vector belongs to: the last one that begins at it or before and is not
+// empty.
+__device__ inline int find_descriptor(const Tile& tile, int64_t vector) {
   int first = 0;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
-    if (tile.pieces_end[first + half - 1] <= piece) first += half;
+  for (int half = kSearched / 2; half > 0; half /= 2) {
+    if (tile.first_vector[first + half] <= vector) first += half;
   }
   return first;
 }
 
-__device__ inline void copy_piece(const Tile& tile, int32_t piece, int lane) {
-  const int fragment = find_fragment(tile, piece);
-  const int32_t begin = fragment == 0 ? 0 : tile.pieces_end[fragment - 1];
-  const int64_t first = static_cast<int64_t>(piece - begin) * kPieceVectors;
-  const int64_t fragment_left = tile.vectors[fragment] - first;
+// Where a vector lies, relative to the addresses of its descriptor, in bytes.
+struct Offsets {
+  int64_t src;
+  int64_t dst;
+};
+
+template <bool kBlocks>
+__device__ inline Offsets offsets_of(const Tile& tile, const hkv_move_params& p, int descriptor,
+                                     int64_t vector) {
+  if (!kBlocks) {
+    const int64_t offset = vector * static_cast<int64_t>(sizeof(Vector));
+    return Offsets{offset, offset};
+  }
+  const Divisor row_vectors = tile.row_vectors[descriptor];
+  uint32_t row = row_vectors.quotient(static_cast<uint32_t>(vector));
+  const uint32_t in_row = static_cast<uint32_t>(vector) - row * row_vectors.value;
+  Offsets offsets{in_row * static_cast<int64_t>(sizeof(Vector)),
+                  in_row * static_cast<int64_t>(sizeof(Vector))};
+#pragma unroll
+  for (int d = HKV_MOVE_DIMS - 1; d > 0; --d) {
+    if (d < p.num_dims) {
+      const uint32_t above = tile.counts[d].quotient(row);
+      const int64_t index = row - above * tile.counts[d].value;
+      offsets.src += index * p.src_strides[d];
+      offsets.dst += index * p.dst_strides[d];
+      row = above;
+    }
+  }
+  const int64_t index = row;
+  offsets.src += p.src_offsets ? p.src_offsets[index] : index * p.src_strides[0];
+  offsets.dst += p.dst_offsets ? p.dst_offsets[index] : index * p.dst_strides[0];
+  return offsets;
+}
+
+template <bool kBlocks>
+__device__ inline void copy_piece(const Tile& tile, const hkv_move_params& p, int32_t piece,
+                                  int lane) {
+  const int64_t first = static_cast<int64_t>(piece) * kPieceVectors;
+  const int64_t tile_left = tile.first_vector[kThreads] - first;
   const int32_t left =
-      static_cast<int32_t>(fragment_left < kPieceVectors ? fragment_left : kPieceVectors) - lane;
-  const Vector* src = tile.src[fragment] + first + lane;
-  Vector* dst = tile.dst[fragment] + first + lane;
+      static_cast<int32_t>(tile_left < kPieceVectors ? tile_left : kPieceVectors) - lane;
+  int descriptor = find_descriptor(tile, first);
   Vector values[kLoads];
+  char* targets[kLoads];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    if (i * kWarpLanes < left) values[i] = __ldcs(src + i * kWarpLanes);
+    if (i * kWarpLanes < left) {
+      const int64_t vector = first + (i * kWarpLanes + lane);
+      while (tile.first_vector[descriptor + 1] <= vector) ++descriptor;
+      const Offsets offsets =
+          offsets_of<kBlocks>(tile, p, descriptor, vector - tile.first_vector[descriptor]);
+      values[i] = __ldcs(reinterpret_cast<const Vector*>(tile.src[descriptor] + offsets.src));
+      targets[i] = tile.dst[descriptor] + offsets.dst;
+    }
   }
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    if (i * kWarpLanes < left) __stcs(dst + i * kWarpLanes, values[i]);
+    if (i * kWarpLanes < left) __stcs(reinterpret_cast<Vector*>(targets[i]), values[i]);
+  }
+}
+
+template <bool kBlocks>
+__device__ inline void move(Tile& tile, const hkv_move_params& p) {
+  const int lane = threadIdx.x % kWarpLanes;
+  const int warp = threadIdx.x / kWarpLanes;
+  int64_t block_rows = 1;
+  if (kBlocks) {
+    for (int d = 0; d < p.num_dims; ++d) block_rows *= p.counts[d];
+    if (threadIdx.x < p.num_dims) tile.counts[threadIdx.x] = Divisor::of(p.counts[threadIdx.x]);
+  }
+  const int32_t member = blockIdx.x % p.tile_ctas;
+  const int32_t tile_step = gridDim.x / p.tile_ctas;
+  for (int32_t t = blockIdx.x / p.tile_ctas; t < p.num_tiles; t += tile_step) {
+    const int64_t first_copy = static_cast<int64_t>(t) * p.tile_copies;
+    const int64_t left = p.num_copies - first_copy;
+    const int32_t count = static_cast<int32_t>(left < p.tile_copies ? left : p.tile_copies);
+    const int32_t pieces = load_tile<kBlocks>(tile, p.copies + first_copy, count, block_rows);
+    for (int32_t piece = member * kWarps + warp; piece < pieces; piece += p.tile_ctas * kWarps) {
+      copy_piece<kBlocks>(tile, p, piece, lane);
+    }
+    __syncthreads();  // The tile is reused.
   }
 }
 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads, 2)
+    hkv_move_fragments(const __grid_constant__ hkv_move_params p) {
+  __shared__ Tile tile;
+  move<false>(tile, p);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
     hkv_move_blocks(const __grid_constant__ hkv_move_params p) {
   __shared__ Tile tile;
-  const int lane = threadIdx.x % kWarpLanes;
-  const int warp = threadIdx.x / kWarpLanes;
-  const int32_t member = blockIdx.x % p.tile_ctas;
-  const int64_t first_tile = blockIdx.x / p.tile_ctas;
-  const int64_t tile_step = gridDim.x / p.tile_ctas;
-  for (int64_t t = first_tile; t * p.tile_copies < p.num_copies; t += tile_step) {
-    const int64_t first_copy = t * p.tile_copies;
-    const int64_t left = p.num_copies - first_copy;
-    const int32_t count = static_cast<int32_t>(left < p.tile_copies ? left : p.tile_copies);
-    const int32_t pieces = load_tile(tile, p.copies + first_copy, count);
-    for (int32_t piece = member * kWarps + warp; piece < pieces; piece += p.tile_ctas * kWarps) {
-      copy_piece(tile, piece, lane);
-    }
-    __syncthreads();  // The tile is reused.
-  }
+  move<true>(tile, p);
 }

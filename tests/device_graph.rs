@@ -9,7 +9,7 @@ use hybridkv::abi::hkv_window;
 use hybridkv::device::Device;
 use hybridkv::device::cuda::Graph;
 use hybridkv::layout::{Dtype, KvShape, KvView};
-use hybridkv::ops::{AppendArgs, CtaQuota, HeadStrides, Kernels, MoveArgs, WindowTable};
+use hybridkv::ops::{AppendArgs, CtaQuota, HeadStrides, Kernels, MoveArgs, MoveShape, WindowTable};
 
 const TOKENS: usize = 6;
 const BLOCKS: usize = 4;
@@ -59,7 +59,12 @@ fn a_captured_append_and_move_replay_with_other_slots() {
         layer: 0,
         num_tokens: TOKENS as u32,
     };
-    let moves = MoveArgs { copies: table.span(), num_copies: 1, quota: CtaQuota::HOST_LINK };
+    let moves = MoveArgs {
+        copies: table.span(),
+        num_copies: 1,
+        shape: MoveShape::FRAGMENTS,
+        quota: CtaQuota::HOST_LINK,
+    };
 
     let graph = Graph::capture(stream.as_ref(), |stream| {
         // SAFETY: everything outlives the replays below.

@@ -9,7 +9,9 @@ use hybridkv::ErrorKind;
 use hybridkv::abi::{HKV_LAYER_FULL, hkv_copy, hkv_window};
 use hybridkv::device::{Device, DeviceBuffer, Span};
 use hybridkv::layout::{Dtype, KvShape, KvStrides, KvView};
-use hybridkv::ops::{AppendArgs, CtaQuota, HeadStrides, Kernels, MoveArgs, WindowTable};
+use hybridkv::ops::{
+    AppendArgs, CtaQuota, HeadStrides, Kernels, MoveArgs, MoveDim, MoveShape, WindowTable,
+};
 use proptest::prelude::*;
 
 fn all_kernels(seed: u64) -> Vec<Kernels> {
@@ -266,7 +268,7 @@ proptest! {
             let mut down_table = device.alloc_pinned(24 * down.len()).unwrap();
             down_table.as_mut_slice().copy_from_slice(bytemuck::cast_slice(&down));
             for copies in [up.span(), down_table.span()] {
-                let args = MoveArgs { copies, num_copies: offsets.len() as u64, quota };
+                let args = MoveArgs { copies, num_copies: offsets.len() as u64, shape: MoveShape::FRAGMENTS, quota };
                 // SAFETY: the buffers outlive the synchronisation; fragments are apart.
                 unsafe { kernels.move_blocks(&args, stream.as_ref()).unwrap() };
             }
@@ -274,6 +276,117 @@ proptest! {
             prop_assert!(buffer.download::<u8>().unwrap() == expected, "up: {:?}", kernels);
             for &(offset, bytes) in &offsets {
                 let range = offset as usize..(offset + bytes) as usize;
+                prop_assert!(back.as_slice()[range.clone()] == source[range], "down: {:?}", kernels);
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Blocks of rows that lie differently on both sides, up from pinned memory and down again.
+    #[test]
+    fn moves_copy_exactly_the_rows_of_blocks(
+        counts in prop::collection::vec(1u32..6, 1..=4),
+        order in Just([0usize, 1, 2, 3]).prop_shuffle(),
+        gaps in prop::array::uniform4(0i64..3),
+        row_vectors in prop_oneof![1i64..9, 30i64..70],
+        blocks in 1u64..40,
+        tables in any::<[bool; 2]>(),
+        quota in prop_oneof![Just(CtaQuota::WHOLE_DEVICE), (1u32..20).prop_map(CtaQuota::at_most)],
+        seed in any::<u64>(),
+    ) {
+        // Rows are packed at the destination in the order of the dimensions, at the source in another, with gaps.
+        let (row, dims) = (16 * row_vectors, counts.len());
+        let (mut src_strides, mut dst_strides) = ([0; 4], [0; 4]);
+        let mut extent = row;
+        for &d in order.iter().filter(|&&d| d < dims) {
+            extent += 16 * gaps[d];
+            src_strides[d] = extent;
+            extent *= i64::from(counts[d]);
+        }
+        let src_block = extent as u64;
+        let mut packed = row;
+        for d in (0..dims).rev() {
+            dst_strides[d] = packed;
+            packed *= i64::from(counts[d]);
+        }
+        let dst_block = packed as u64;
+        let source = noise((src_block * blocks) as usize, seed);
+        let mut expected = vec![0xEEu8; (dst_block * blocks) as usize];
+        for block in 0..blocks {
+            let target = blocks - 1 - block;
+            for index in 0..dst_block / row as u64 {
+                let (mut from, mut above) = (block * src_block, index);
+                for d in (0..dims).rev() {
+                    from += above % u64::from(counts[d]) * src_strides[d] as u64;
+                    above /= u64::from(counts[d]);
+                }
+                let to = (target * dst_block + index * row as u64) as usize;
+                expected[to..to + row as usize]
+                    .copy_from_slice(&source[from as usize..from as usize + row as usize]);
+            }
+        }
+        let dim = |d: usize| MoveDim {
+            count: counts[d],
+            src_stride: src_strides[d],
+            dst_stride: dst_strides[d],
+        };
+        for kernels in all_kernels(seed) {
+            let device = kernels.device();
+            let mut pinned = device.alloc_pinned(source.len()).unwrap();
+            pinned.as_mut_slice().copy_from_slice(&source);
+            let buffer = device.upload(&vec![0xEEu8; expected.len()]).unwrap();
+            let back = device.alloc_pinned(source.len()).unwrap();
+            // Strides of the first dimension are multiplied in the kernel or, given as a table, not.
+            let steps = |strides: [i64; 4]| -> Vec<i64> {
+                (0..i64::from(counts[0])).map(|i| i * strides[0]).collect()
+            };
+            let src_table = device.upload(&steps(src_strides)).unwrap();
+            let dst_table = device.upload(&steps(dst_strides)).unwrap();
+            let forward: Vec<MoveDim> = (0..dims).map(dim).collect();
+            let backward: Vec<MoveDim> = forward
+                .iter()
+                .map(|d| MoveDim { src_stride: d.dst_stride, dst_stride: d.src_stride, ..*d })
+                .collect();
+            let mut up = MoveShape::blocks(&forward).unwrap();
+            let mut down = MoveShape::blocks(&backward).unwrap();
+            if tables[0] {
+                up = up.with_src_offsets(src_table.span());
+                down = down.with_dst_offsets(src_table.span());
+            }
+            if tables[1] {
+                up = up.with_dst_offsets(dst_table.span());
+                down = down.with_src_offsets(dst_table.span());
+            }
+            let rows = |src: u64, dst: u64, src_bytes: u64, dst_bytes: u64| -> Vec<[u64; 3]> {
+                (0..blocks)
+                    .map(|i| (i, blocks - 1 - i))
+                    .map(|(i, j)| [src + i * src_bytes, dst + j * dst_bytes, row as u64])
+                    .collect()
+            };
+            let up_rows = rows(pinned.address(), buffer.address(), src_block, dst_block);
+            let down_rows = rows(buffer.address(), back.address(), dst_block, src_block);
+            let stream = device.stream().unwrap();
+            let move_all = |rows: &[[u64; 3]], shape: MoveShape| {
+                let table = device.upload(rows).unwrap();
+                let args = MoveArgs { copies: table.span(), num_copies: blocks, shape, quota };
+                // SAFETY: the buffers outlive the synchronisation; rows are apart.
+                unsafe { kernels.move_blocks(&args, stream.as_ref()).unwrap() };
+                stream.as_ref().synchronize().unwrap();
+            };
+            move_all(&up_rows, up);
+            prop_assert!(buffer.download::<u8>().unwrap() == expected, "up: {:?}", kernels);
+            move_all(&down_rows, down);
+            for index in 0..dst_block / row as u64 * blocks {
+                let (mut at, mut above) = (0, index);
+                for d in (0..dims).rev() {
+                    at += above % u64::from(counts[d]) * src_strides[d] as u64;
+                    above /= u64::from(counts[d]);
+                }
+                let at = (at + above * src_block) as usize;
+                let range = at..at + row as usize;
                 prop_assert!(back.as_slice()[range.clone()] == source[range], "down: {:?}", kernels);
             }
         }
@@ -345,7 +458,12 @@ fn moves_refuse_what_the_host_can_see() {
     let stream = kernels.device().stream().unwrap();
     let other = Device::cpu().stream().unwrap();
     let table = kernels.device().upload(&[0u64; 6]).unwrap();
-    let args = MoveArgs { copies: table.span(), num_copies: 2, quota: CtaQuota::HOST_LINK };
+    let args = MoveArgs {
+        copies: table.span(),
+        num_copies: 2,
+        shape: MoveShape::FRAGMENTS,
+        quota: CtaQuota::HOST_LINK,
+    };
     // SAFETY: the table has two copies of no bytes; wrong arguments are not launched.
     unsafe {
         kernels.move_blocks(&args, stream.as_ref()).unwrap();
@@ -395,14 +513,24 @@ fn checking_mode_finds_wrong_device_tables() {
             ([[0, at + 128, 32], [0, 0, 0]], "outside"),
         ] {
             let table = kernels.device().upload(&rows).unwrap();
-            let args = MoveArgs { copies: table.span(), num_copies: 2, quota: CtaQuota::HOST_LINK };
+            let args = MoveArgs {
+                copies: table.span(),
+                num_copies: 2,
+                shape: MoveShape::FRAGMENTS,
+                quota: CtaQuota::HOST_LINK,
+            };
             // SAFETY: in checking mode wrong tables are not launched.
             let message =
                 unsafe { kernels.move_blocks(&args, stream.as_ref()) }.expect_err(word).to_string();
             assert!(message.contains(word), "{word:?} is not in {message}");
         }
         let table = kernels.device().upload(&[[at, at + 128, 128u64]]).unwrap();
-        let args = MoveArgs { copies: table.span(), num_copies: 1, quota: CtaQuota::HOST_LINK };
+        let args = MoveArgs {
+            copies: table.span(),
+            num_copies: 1,
+            shape: MoveShape::FRAGMENTS,
+            quota: CtaQuota::HOST_LINK,
+        };
         // SAFETY: one copy inside of pinned memory that outlives the synchronisation.
         unsafe { kernels.move_blocks(&args, stream.as_ref()).unwrap() };
         stream.as_ref().synchronize().unwrap();
@@ -438,7 +566,12 @@ fn many_fragments_are_moved_once_each() {
                     .collect();
                 let table = device.upload(&rows).unwrap();
                 let stream = device.stream().unwrap();
-                let args = MoveArgs { copies: table.span(), num_copies: count, quota };
+                let args = MoveArgs {
+                    copies: table.span(),
+                    num_copies: count,
+                    shape: MoveShape::FRAGMENTS,
+                    quota,
+                };
                 // SAFETY: the buffers outlive the synchronisation; fragments are apart.
                 unsafe { kernels.move_blocks(&args, stream.as_ref()).unwrap() };
                 stream.as_ref().synchronize().unwrap();

@@ -175,12 +175,26 @@ typedef struct hkv_merge_params {
   int32_t out_dtype;  // enum hkv_dtype
 } hkv_merge_params;
 
+// Most dimensions over which the rows of a block are repeated.
+#define HKV_MOVE_DIMS 4
+
 // Copies every fragment of a descriptor table. Source and destination are device or mapped pinned host
 // memory; fragments do not overlap.
+//
+// Without dimensions a descriptor is one fragment. With them it is a block: a row of its `bytes` at its
+// addresses and at every combination of steps along the dimensions, which are those of all blocks; fewer
+// than 2^31 vectors of 16 bytes per block.
 typedef struct hkv_move_params {
-  const hkv_copy* copies;  // [num_copies], device or mapped pinned host
+  const hkv_copy* copies;      // [num_copies], device or mapped pinned host
+  const int64_t* src_offsets;  // [counts[0]] bytes, in place of multiples of src_strides[0]; or null
+  const int64_t* dst_offsets;  // [counts[0]] bytes, in place of multiples of dst_strides[0]; or null
   int64_t num_copies;
-  int32_t tile_copies;  // fragments per tile, at most 512
+  int64_t src_strides[HKV_MOVE_DIMS];  // bytes, multiples of 16; outermost dimension first
+  int64_t dst_strides[HKV_MOVE_DIMS];
+  int32_t counts[HKV_MOVE_DIMS];
+  int32_t num_dims;
+  int32_t num_tiles;
+  int32_t tile_copies;  // descriptors per tile, at most 448
   int32_t tile_ctas;    // CTAs that share a tile; divides the grid
 } hkv_move_params;
 

@@ -557,7 +557,7 @@ pub struct Span {
 
 impl Span {
     /// The range `[address, address + bytes)`.
-    pub fn new(address: u64, bytes: u64) -> Self {
+    pub const fn new(address: u64, bytes: u64) -> Self {
         Self { address, bytes }
     }
 

@@ -7,7 +7,7 @@ use crate::abi::hkv_copy;
 use crate::device::{Device, Event, PinnedBuffer, Span, StreamRef};
 use crate::error::Result;
 use crate::manager::{BlockCopy, BlockId};
-use crate::ops::{CtaQuota, Kernels, MoveArgs};
+use crate::ops::{CtaQuota, Kernels, MoveArgs, MoveShape};
 
 /// Batches in flight.
 const BATCHES: usize = 4;
@@ -78,6 +78,7 @@ impl Copies {
         let args = MoveArgs {
             copies: table,
             num_copies: copies.len() as u64,
+            shape: MoveShape::FRAGMENTS,
             quota: CtaQuota::WHOLE_DEVICE,
         };
         // SAFETY: the descriptors stay as they are until the event behind the launch. Sources and targets

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::device::{Span, StreamRef};
 use crate::error::Result;
 use crate::manager::Direction;
-use crate::ops::{CtaQuota, Kernels, MoveArgs};
+use crate::ops::{CtaQuota, Kernels, MoveArgs, MoveShape};
 
 /// What a batch of fragments is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +38,12 @@ impl Mover {
         _traffic: Traffic,
         stream: StreamRef<'_>,
     ) -> Result<()> {
-        let args = MoveArgs { copies, num_copies, quota: CtaQuota::HOST_LINK };
+        let args = MoveArgs {
+            copies,
+            num_copies,
+            shape: MoveShape::FRAGMENTS,
+            quota: CtaQuota::HOST_LINK,
+        };
         // SAFETY: the caller's promise.
         unsafe { self.kernels.move_blocks(&args, stream) }
     }

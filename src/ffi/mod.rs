@@ -20,7 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::layout::{Dtype, KvScales, KvShape, KvStrides, KvView};
 use crate::ops::{
     AppendArgs, AttentionArgs, BlockTables, CtaQuota, HeadStrides, Kernels, MergeArgs, MoveArgs,
-    Plan, PlanArgs, WindowTable, WorkList,
+    MoveShape, Plan, PlanArgs, WindowTable, WorkList,
 };
 use header::*;
 use raw::{Arguments, arguments, hand_out, handle, take_back};
@@ -500,6 +500,7 @@ impl hkv_move_args {
         MoveArgs {
             copies: self.copies.to_ops(),
             num_copies: self.num_copies,
+            shape: MoveShape::FRAGMENTS,
             quota: match self.max_ctas {
                 0 => CtaQuota::WHOLE_DEVICE,
                 ctas => CtaQuota::at_most(ctas),

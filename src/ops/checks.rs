@@ -7,7 +7,7 @@
 //! functions below do the validation, for hosts that have the tables at hand anyway.
 
 use super::plan::{Plan, check_work_list};
-use super::{AppendArgs, AttentionArgs, Kernels, MoveArgs};
+use super::{AppendArgs, AttentionArgs, Kernels, MoveArgs, MoveShape};
 use crate::abi::{self, hkv_copy, hkv_part, hkv_window};
 use crate::device::{Span, StreamRef};
 use crate::error::{Error, Result};
@@ -361,18 +361,72 @@ pub(super) unsafe fn plan(plan: &Plan, stream: StreamRef<'_>) -> Result<()> {
     }
 }
 
-/// Downloads and validates the table of `move_blocks`.
+/// Downloads and validates the tables of `move_blocks`.
 ///
 /// # Safety
-/// The table is device or pinned memory of its length.
+/// The tables are device or pinned memory of their lengths.
 pub(super) unsafe fn move_blocks(args: &MoveArgs, stream: StreamRef<'_>) -> Result<()> {
-    // SAFETY: the caller's promise; the launcher has checked the length of the table.
+    // SAFETY: the caller's promise; the launcher has checked the lengths of the tables.
     let rows: Vec<[u64; 3]> = unsafe { download(args.copies, 0, args.num_copies, stream)? };
+    let shape = &args.shape;
+    let mut offsets = [None, None];
+    for (table, offsets) in shape.offsets().into_iter().zip(&mut offsets) {
+        let count = shape.dims().first().map_or(0, |dim| dim.count);
+        if let Some(table) = table {
+            // SAFETY: as above.
+            *offsets = Some(unsafe { download::<i64>(table, 0, count.into(), stream)? });
+        }
+    }
     let copies: Vec<hkv_copy> = rows
         .iter()
         .map(|&[src, dst, bytes]| hkv_copy { src: src as *const _, dst: dst as *mut _, bytes })
         .collect();
-    check_copies(&copies, &[])
+    let [src_offsets, dst_offsets] = &offsets;
+    check_copies(&rows_of(&copies, shape, src_offsets.as_deref(), dst_offsets.as_deref())?, &[])
+}
+
+/// The fragments that blocks consist of, block by block.
+///
+/// # Errors
+/// `InvalidArgument` for a block of 2^31 vectors and more.
+fn rows_of(
+    blocks: &[hkv_copy],
+    shape: &MoveShape,
+    src_offsets: Option<&[i64]>,
+    dst_offsets: Option<&[i64]>,
+) -> Result<Vec<hkv_copy>> {
+    let num_rows = shape.rows();
+    let mut rows = Vec::new();
+    for (index, block) in blocks.iter().enumerate() {
+        if shape.dims().is_empty() {
+            rows.push(*block);
+            continue;
+        }
+        if (block.bytes / 16).saturating_mul(num_rows) > i32::MAX as u64 {
+            return Err(Error::invalid(
+                "move_blocks",
+                format!(
+                    "block {index} has {num_rows} rows of {} bytes, 32 GiB or more",
+                    block.bytes
+                ),
+            ));
+        }
+        for row in 0..num_rows {
+            let (mut src, mut dst, mut above) = (block.src as u64, block.dst as u64, row);
+            for (d, dim) in shape.dims().iter().enumerate().rev() {
+                let step = above % u64::from(dim.count);
+                above /= u64::from(dim.count);
+                let offset = |table: Option<&[i64]>, stride: i64| match table {
+                    Some(table) if d == 0 => table[step as usize],
+                    _ => stride.wrapping_mul(step as i64),
+                };
+                src = src.wrapping_add_signed(offset(src_offsets, dim.src_stride));
+                dst = dst.wrapping_add_signed(offset(dst_offsets, dim.dst_stride));
+            }
+            rows.push(hkv_copy { src: src as *const _, dst: dst as *mut _, bytes: block.bytes });
+        }
+    }
+    Ok(rows)
 }
 
 /// # Safety

@@ -136,20 +136,35 @@ pub(crate) unsafe fn merge_states(p: &abi::hkv_merge_params) {
     }
 }
 
-/// Copies every fragment of a descriptor table.
+/// Copies the fragments or blocks of a descriptor table.
 ///
 /// # Safety
-/// `p` names a readable table, and every fragment in it valid, non-overlapping memory.
+/// `p` names readable tables, and every row that its descriptors stand for is valid, non-overlapping memory.
 pub(crate) unsafe fn move_blocks(p: &abi::hkv_move_params) {
-    for index in 0..p.num_copies {
-        // SAFETY: the caller vouches for the table and for the fragments in it.
-        unsafe {
+    let dims = p.num_dims as usize;
+    let rows: i64 = p.counts[..dims].iter().map(|&count| i64::from(count)).product();
+    // SAFETY: the caller vouches for the tables and for the rows.
+    unsafe {
+        for index in 0..p.num_copies {
             let copy = &*p.copies.offset(index as isize);
-            std::ptr::copy_nonoverlapping(
-                copy.src.cast::<u8>(),
-                copy.dst.cast::<u8>(),
-                copy.bytes as usize,
-            );
+            for row in 0..rows {
+                let (mut src, mut dst, mut above) = (0, 0, row);
+                for d in (0..dims).rev() {
+                    let step = above % i64::from(p.counts[d]);
+                    above /= i64::from(p.counts[d]);
+                    let offset = |table: *const i64, strides: &[i64]| match d {
+                        0 if !table.is_null() => *table.offset(step as isize),
+                        _ => step * strides[d],
+                    };
+                    src += offset(p.src_offsets, &p.src_strides);
+                    dst += offset(p.dst_offsets, &p.dst_strides);
+                }
+                std::ptr::copy_nonoverlapping(
+                    copy.src.cast::<u8>().offset(src as isize),
+                    copy.dst.cast::<u8>().offset(dst as isize),
+                    copy.bytes as usize,
+                );
+            }
         }
     }
 }

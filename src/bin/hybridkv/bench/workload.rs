@@ -5,7 +5,7 @@ use hybridkv::device::{Device, DeviceBuffer, PinnedBuffer, StreamRef};
 use hybridkv::e4m3;
 use hybridkv::error::Result;
 use hybridkv::layout::Dtype;
-use hybridkv::ops::{CtaQuota, Kernels, MoveArgs};
+use hybridkv::ops::{CtaQuota, Kernels, MoveArgs, MoveShape};
 
 use super::timing::Workload;
 use crate::random::Rng;
@@ -150,6 +150,7 @@ impl Workload for Move<'_> {
         let args = MoveArgs {
             copies: self.tables[round].span(),
             num_copies: self.copies,
+            shape: MoveShape::FRAGMENTS,
             quota: self.quota,
         };
         // SAFETY: the tables live as long as `self`, the arenas longer; `measure` waits before it returns.

@@ -4,7 +4,7 @@
 use hybridkv::abi::hkv_copy;
 use hybridkv::device::{Device, DeviceBuffer, PinnedBuffer};
 use hybridkv::error::Result;
-use hybridkv::ops::{CtaQuota, MoveArgs};
+use hybridkv::ops::{CtaQuota, MoveArgs, MoveShape};
 
 use super::bed::{Bed, Fault, Outcome};
 use crate::random::Rng;
@@ -116,6 +116,7 @@ impl Case {
         let args = MoveArgs {
             copies: hybridkv::device::Span::new(copies.address(), bytes.len() as u64),
             num_copies: table.len() as u64,
+            shape: MoveShape::FRAGMENTS,
             quota: self.ctas.map_or(CtaQuota::WHOLE_DEVICE, CtaQuota::at_most),
         };
         let stream = bed.stream.as_ref();
