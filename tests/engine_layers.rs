@@ -1,14 +1,16 @@
-//! Layer by layer loading on the CPU device in deferred mode, where the load lane runs as late as the seed likes:
-//! a layer that waits for its part reads the right bytes under every seed, without the wait under some it does
-//! not, and the wait for one layer does not wait for the others.
+//! Layer by layer loading and storing on the CPU device in deferred mode, where the lanes run as late as the seed
+//! likes: a layer that waits for its part reads the right bytes under every seed, without the wait under some it
+//! does not, and the wait for one layer does not wait for the others; and a part that is stored behind its layers
+//! is right under every seed, is wrong under some where a layer is marked too early, and does not wait for the
+//! layers after it.
 
 use std::sync::Arc;
 
 use hybridkv::device::{Device, PinnedBuffer, StreamRef};
-use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind, LayerwiseLoads, LoadMark};
+use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind, Layerwise, LoadMark};
 use hybridkv::error::ErrorKind;
 use hybridkv::layout::{Dtype, KvShape};
-use hybridkv::manager::{BlockHash, Direction, Outcome, Path, SeqId, Transfer};
+use hybridkv::manager::{BlockCopy, BlockHash, Direction, Outcome, Path, SeqId, Transfer};
 use hybridkv::ops::Kernels;
 use hybridkv::spec::{AttentionKind, GroupPlan, LayerGroup};
 
@@ -41,7 +43,7 @@ fn engine(device: &Device, blocks: u32, parts: u32, compute: StreamRef<'_>) -> E
     let config = EngineConfig { block_bytes: BLOCK, num_blocks: blocks + 1, num_slots: blocks + 1 };
     let kernels = Arc::new(Kernels::load(device).unwrap());
     let mut engine = Engine::new(kernels, config).unwrap();
-    engine.load_by_layer(&plan(), LayerwiseLoads { parts, min_bytes: 0 }).unwrap();
+    engine.load_by_layer(&plan(), Layerwise { parts, min_bytes: 0 }).unwrap();
     let fill = |engine: &Engine, block, slot: usize, byte, bytes| {
         let address = engine.block(block).unwrap().address + (slot * SLOT) as u64;
         // SAFETY: inside of a block of the pool, which outlives the stream's work.
@@ -187,13 +189,13 @@ fn small_loads_come_whole_and_faults_hit_all_parts() {
     let compute = stream.as_ref();
     for min_bytes in [0, 1 << 30] {
         let mut engine = engine(&device, 4, 1, compute);
-        engine.load_by_layer(&plan(), LayerwiseLoads { parts: 6, min_bytes }).unwrap();
+        engine.load_by_layer(&plan(), Layerwise { parts: 6, min_bytes }).unwrap();
         for kind in [FaultKind::Fail, FaultKind::Short, FaultKind::Skip] {
             engine.inject(Fault { direction: Direction::Onboard, kind, count: 1 });
         }
         let loads: Vec<Transfer> = (1..=4).map(|block| onboard(block, 1)).collect();
         engine.submit(&loads, compute).unwrap();
-        let error = engine.load_by_layer(&plan(), LayerwiseLoads::default()).unwrap_err();
+        let error = engine.load_by_layer(&plan(), Layerwise::default()).unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::InvalidArgument(_)), "{error}");
         let mark = engine.last_load([1]);
         let reads: Vec<_> = (0..NUM_LAYERS)
@@ -214,6 +216,124 @@ fn small_loads_come_whole_and_faults_hit_all_parts() {
     }
 }
 
+/// When a step marks a layer as computed.
+#[derive(Clone, Copy, PartialEq)]
+enum Marked {
+    /// Behind its writes.
+    Behind,
+    /// Before them: a mistake.
+    Before,
+    /// All but the last one: it is stored behind the whole step.
+    ButTheLast,
+}
+
+/// Steps that write blocks layer by layer, each stored behind its layers. Whether every host slot got what its step
+/// wrote, and in how many steps a first layer had come before the last one was written.
+fn steps_store_what_they_wrote(seed: u64, parts: u32, marked: Marked) -> (bool, usize) {
+    let device = Device::cpu_deferred(seed);
+    let stream = device.stream().unwrap();
+    let compute = stream.as_ref();
+    let mut engine = engine(&device, 6, 1, compute);
+    engine.store_by_layer(&plan(), Layerwise { parts, min_bytes: 0 }).unwrap();
+    let (mut right, mut ahead) = (true, 0);
+    for round in 1..=4u8 {
+        let byte = |block: u32, layer: u32| 16 * round + (3 * layer + block) as u8 % 16;
+        let mut marks = engine.begin_step().unwrap();
+        let early = device.alloc_pinned(1).unwrap();
+        for layer in 0..NUM_LAYERS {
+            if marked == Marked::Before {
+                marks.layer_computed(layer, compute).unwrap();
+            }
+            if layer + 1 == NUM_LAYERS {
+                let first = engine.slot(1).unwrap().as_ptr() as u64;
+                // SAFETY: a byte of the arena and a byte that is read after the stream is done.
+                unsafe { compute.copy(first, early.address(), 1).unwrap() };
+            }
+            for block in (1..=6).filter(|&block| group(block) == layer % 2) {
+                let slot =
+                    engine.block(block).unwrap().address + u64::from(layer / 2) * SLOT as u64;
+                // SAFETY: inside of a block of the pool, which outlives the stream's work.
+                unsafe { compute.fill(slot, byte(block, layer), SLOT).unwrap() };
+            }
+            let last = layer + 1 == NUM_LAYERS;
+            if marked == Marked::Behind || marked == Marked::ButTheLast && !last {
+                marks.layer_computed(layer, compute).unwrap();
+            }
+        }
+        engine.end_step(marks);
+        let store = |block: u32| Transfer {
+            id: 100 * u64::from(round) + u64::from(block),
+            path: Path::Offload { from: block, to: block },
+            group: group(block),
+            hash: BlockHash::NONE,
+            seq: None,
+        };
+        engine.submit(&(1..=6).map(store).collect::<Vec<_>>(), compute).unwrap();
+        let mut ended = Vec::new();
+        while ended.len() < 6 {
+            engine.poll(&mut ended).unwrap();
+        }
+        ended.sort_by_key(|&(id, _)| id);
+        assert!(ended.iter().zip(1..).all(|(&(id, _), block)| id == store(block).id), "each once");
+        compute.synchronize().unwrap();
+        ahead += usize::from(early.as_slice()[0] == byte(1, 0));
+        for (block, layer) in (1..=6).flat_map(|b| (0..NUM_LAYERS).map(move |l| (b, l))) {
+            if group(block) == layer % 2 {
+                let slot = layer as usize / 2 * SLOT;
+                let stored = &engine.slot(block).unwrap()[slot..slot + SLOT];
+                right &= stored.iter().all(|&b| b == byte(block, layer));
+            }
+        }
+    }
+    (right, ahead)
+}
+
+#[test]
+fn r2_a_part_is_stored_behind_its_layers() {
+    for parts in [1, 2, 4, 6] {
+        for marked in [Marked::Behind, Marked::ButTheLast] {
+            let right = |seed| steps_store_what_they_wrote(seed, parts, marked).0;
+            assert!((0..32).all(right), "{parts}");
+        }
+        let right = |seed| steps_store_what_they_wrote(seed, parts, Marked::Before).0;
+        assert!(!(0..32).all(right), "no seed caught the early marks of {parts} parts");
+    }
+}
+
+#[test]
+fn a_part_does_not_wait_for_the_layers_after_it() {
+    let ahead = |parts, marked| -> usize {
+        (0..32).map(|seed| steps_store_what_they_wrote(seed, parts, marked).1).sum()
+    };
+    assert!(ahead(6, Marked::Behind) > 0, "no first layer was stored before the last one came");
+    assert_eq!(ahead(1, Marked::Behind), 0, "whole blocks wait for the last layer");
+    assert_eq!(ahead(6, Marked::ButTheLast), 0, "and so does what was not marked to the end");
+}
+
+#[test]
+fn copies_of_blocks_after_a_step_are_stored_behind_the_copies() {
+    for seed in 0..32 {
+        let device = Device::cpu_deferred(seed);
+        let stream = device.stream().unwrap();
+        let compute = stream.as_ref();
+        let mut engine = engine(&device, 4, 1, compute);
+        engine.store_by_layer(&plan(), Layerwise { parts: 6, min_bytes: 0 }).unwrap();
+        let mut marks = engine.begin_step().unwrap();
+        (0..NUM_LAYERS).for_each(|layer| marks.layer_computed(layer, compute).unwrap());
+        engine.end_step(marks);
+        let from = engine.block(1).unwrap();
+        // SAFETY: a block of the pool, which outlives the stream's work.
+        unsafe { compute.fill(from.address, 0x3C, BLOCK).unwrap() };
+        engine.copy_blocks(&[BlockCopy { group: 0, from: 1, to: 3 }], compute).unwrap();
+        let path = Path::Offload { from: 3, to: 3 };
+        let store = Transfer { id: 1, path, group: 0, hash: BlockHash::NONE, seq: None };
+        engine.submit(&[store], compute).unwrap();
+        wait(&mut engine);
+        assert!(engine.slot(3).unwrap().iter().all(|&b| b == 0x3C), "{seed}");
+        assert!(engine.store_by_layer(&plan(), Layerwise { parts: 0, min_bytes: 0 }).is_err());
+    }
+}
+
 fn clone(buffer: &PinnedBuffer) -> PinnedBuffer {
     let device = Device::cpu();
     let mut copy = device.alloc_pinned(buffer.len()).unwrap();
@@ -229,7 +349,7 @@ fn groups_that_do_not_fit_the_blocks_are_refused() {
     let refused = |engine: &mut Engine, change: fn(&mut GroupPlan), parts| {
         let mut plan = plan();
         change(&mut plan);
-        engine.load_by_layer(&plan, LayerwiseLoads { parts, min_bytes: 0 }).is_err()
+        engine.load_by_layer(&plan, Layerwise { parts, min_bytes: 0 }).is_err()
     };
     assert!(refused(&mut engine, |_| {}, 0));
     assert!(refused(&mut engine, |plan| plan.groups[1].layers.reverse(), 6));

@@ -1,9 +1,10 @@
 //! One direction of transfers: a stream, and a ring of batches whose descriptors lie in pinned memory.
 //!
 //! A batch moves the blocks of its transfers part by part (see parts.rs), one launch and one event each, so that
-//! whoever needs a layer of them waits for its part alone.
+//! whoever needs a layer of them waits for its part alone. Stores start a batch per chunk of one part.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::abi::hkv_copy;
@@ -50,6 +51,28 @@ pub(super) struct Move {
     pub src: u64,
     pub dst: u64,
     pub bytes: u64,
+    pub fate: Fate,
+}
+
+/// What becomes of a transfer.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Fate {
+    failed: bool,
+    corrupted: bool,
+}
+
+/// Which parts of its moves a batch moves, of how many.
+pub(super) struct PartRun {
+    pub parts: Range<usize>,
+    pub of: usize,
+}
+
+/// A batch that has ended.
+pub(super) struct Retired {
+    /// Bytes of its parts, moved or not.
+    pub planned_bytes: u64,
+    /// Milliseconds from its start to its end.
+    pub ms: f64,
 }
 
 /// Names a batch of loads: see [`Engine::last_load`](super::Engine::last_load).
@@ -68,7 +91,9 @@ struct Batch {
     transfers: Vec<(TransferId, Outcome)>,
     /// Sequences that wait for it.
     seqs: Vec<SeqId>,
+    /// Moved, and planned: faults move less.
     bytes: u64,
+    planned_bytes: u64,
     /// Read by the device while the batch is in flight; grows to the largest batch seen.
     descriptors: PinnedBuffer,
     /// What it has grown out of: to free it would be to wait for the device.
@@ -104,6 +129,7 @@ impl Lane {
                 transfers: Vec::with_capacity(DESCRIPTORS),
                 seqs: Vec::new(),
                 bytes: 0,
+                planned_bytes: 0,
                 descriptors: device.alloc_pinned(DESCRIPTORS * size_of::<hkv_copy>())?,
                 outgrown: Vec::new(),
             })
@@ -135,10 +161,15 @@ impl Lane {
         compute.wait(&self.ring[(self.head + self.in_flight - 1) % BATCHES].end)
     }
 
+    /// Whether the ring takes one more batch.
+    pub fn has_room(&self) -> bool {
+        self.in_flight < BATCHES
+    }
+
     /// Waits for the oldest batch when the ring is full.
     pub fn make_room(&mut self, ended: &mut Vec<(TransferId, Outcome)>) -> Result<()> {
-        if self.in_flight == BATCHES {
-            self.ring[self.head].end.synchronize()?;
+        if !self.has_room() {
+            self.wait_oldest()?;
             self.retire(ended)?;
         }
         Ok(())
@@ -167,60 +198,59 @@ impl Lane {
         compute.wait(if last { &batch.end } else { &batch.parts[part] })
     }
 
-    /// Launches the next batch with as many of `moves` as it takes. The ring must have room.
-    pub fn start(
+    /// Launches the next batch with as many of `moves` as it takes, all parts of them. The ring must have room.
+    pub fn start_whole(
         &mut self,
-        faults: &mut Faults,
+        moves: impl Iterator<Item = Move>,
         parts: &Parts,
         both_ways: bool,
-        moves: impl Iterator<Item = Move>,
+        faults: &mut Faults,
+    ) -> Result<()> {
+        let mut batch = std::mem::take(&mut self.moves);
+        batch.clear();
+        batch.extend(moves.take(parts.batch()));
+        let of = parts.count(batch.iter().map(|m| m.bytes).sum());
+        let started =
+            self.start(&mut batch, PartRun { parts: 0..of, of }, parts, both_ways, faults);
+        self.moves = batch;
+        started
+    }
+
+    /// Launches the next batch: some parts of some moves. Transfers end with the batch of their last part. The
+    /// ring must have room.
+    pub fn start(
+        &mut self,
+        moves: &mut [Move],
+        run: PartRun,
+        parts: &Parts,
+        both_ways: bool,
+        faults: &mut Faults,
     ) -> Result<()> {
         let name = self.retired + self.in_flight as u64;
         let at = (self.head + self.in_flight) % BATCHES;
-        let Self { direction, stream, mover, ring, last, moves: batch_moves, .. } = self;
+        let Self { direction, stream, mover, ring, last, .. } = self;
         let traffic = Traffic { direction: *direction, both_ways };
         let (stream, batch) = (stream.as_ref(), &mut ring[at]);
-        batch_moves.clear();
-        batch_moves.extend(moves.take(parts.batch()));
-        let num_parts = parts.count(batch_moves.iter().map(|m| m.bytes).sum());
-        batch.reserve(batch_moves.len() * num_parts, num_parts, stream.device())?;
+        batch.reserve(moves.len() * run.parts.len(), run.parts.len(), stream.device())?;
 
         stream.record(&batch.start)?;
-        // Fills go to the stream before the copies (they touch other blocks); corruptions come after.
-        let mut corrupted = Vec::new();
-        for Move { id, seq, dst, bytes, .. } in batch_moves.iter_mut() {
-            let fault = faults.take(*direction, *id);
-            let failed = matches!(fault, Some(FaultKind::Fail | FaultKind::Short));
-            batch.transfers.push((*id, if failed { Outcome::Failed } else { Outcome::Succeeded }));
-            if let Some(seq) = *seq
-                && last.insert(seq, name) != Some(name)
-            {
-                batch.seqs.push(seq);
+        if run.parts.start == 0 {
+            for m in moves.iter_mut() {
+                m.suffer(faults.take(*direction, m.id), stream)?;
             }
-            match fault {
-                Some(FaultKind::Skip) => *bytes = 0,
-                // SAFETY: `dst` is a whole block or slot of the engine, which the manager reserves for
-                // this transfer until it is reported as ended.
-                Some(FaultKind::Fail) => unsafe {
-                    stream.fill(*dst, 0xFF, *bytes as usize)?;
-                    *bytes = 0;
-                },
-                Some(FaultKind::Corrupt) => corrupted.push(*dst),
-                Some(FaultKind::Short) => *bytes = *bytes / 32 * 16,
-                Some(FaultKind::Delay { .. } | FaultKind::Unordered) | None => {}
-            }
-            batch.bytes += *bytes;
         }
         let first = batch.descriptors.address() as usize;
         let mut end = 0;
-        for part in 0..num_parts {
+        for part in run.parts.clone() {
             let start = end;
-            for Move { group, src, dst, bytes, .. } in batch_moves.iter() {
-                let range = parts.range(*group, part, num_parts);
+            for Move { group, src, dst, bytes, .. } in moves.iter() {
+                let range = parts.range(*group, part, run.of);
+                batch.planned_bytes += range.end - range.start;
                 let bytes = range.end.min(*bytes).saturating_sub(range.start);
                 if bytes == 0 {
                     continue;
                 }
+                batch.bytes += bytes;
                 let (src, dst) = (src + range.start, dst + range.start);
                 let copy = hkv_copy { src: src as *const _, dst: dst as *mut _, bytes };
                 // SAFETY: entry `end` of this batch's descriptors, which have room for every part of every
@@ -235,22 +265,43 @@ impl Lane {
             // inside of a block or slot in the engine's memory, ordered behind the compute stream, and
             // reserved by the manager until the transfer is reported as ended; parts do not overlap.
             unsafe { mover.submit(copies, num_copies, traffic, stream)? };
-            if part + 1 < num_parts {
-                stream.record(&batch.parts[part])?;
+            if part + 1 < run.parts.end {
+                stream.record(&batch.parts[part - run.parts.start])?;
             }
         }
-        for dst in corrupted {
-            // SAFETY: the first bytes of a target of this batch, as above.
-            unsafe { stream.fill(dst, 0x5A, CORRUPTED_BYTES)? };
+        if run.parts.end == run.of {
+            for Move { id, seq, dst, fate, .. } in moves.iter() {
+                let outcome = if fate.failed { Outcome::Failed } else { Outcome::Succeeded };
+                batch.transfers.push((*id, outcome));
+                if let Some(seq) = *seq
+                    && last.insert(seq, name) != Some(name)
+                {
+                    batch.seqs.push(seq);
+                }
+                if fate.corrupted {
+                    // SAFETY: the first bytes of a target of this batch, as above.
+                    unsafe { stream.fill(*dst, 0x5A, CORRUPTED_BYTES)? };
+                }
+            }
         }
         stream.record(&batch.end)?;
         self.in_flight += 1;
         Ok(())
     }
 
+    /// Whether the oldest batch, if there is one, has ended.
+    pub fn oldest_has_ended(&self) -> Result<bool> {
+        Ok(self.in_flight > 0 && self.ring[self.head].end.is_complete()?)
+    }
+
+    /// Waits for the oldest batch, if there is one.
+    pub fn wait_oldest(&self) -> Result<()> {
+        if self.in_flight > 0 { self.ring[self.head].end.synchronize() } else { Ok(()) }
+    }
+
     /// Retires the batches that have ended.
     pub fn poll(&mut self, ended: &mut Vec<(TransferId, Outcome)>) -> Result<()> {
-        while self.in_flight > 0 && self.ring[self.head].end.is_complete()? {
+        while self.oldest_has_ended()? {
             self.retire(ended)?;
         }
         Ok(())
@@ -266,9 +317,10 @@ impl Lane {
     }
 
     /// Takes the oldest batch, which has ended, out of the ring.
-    fn retire(&mut self, ended: &mut Vec<(TransferId, Outcome)>) -> Result<()> {
+    pub fn retire(&mut self, ended: &mut Vec<(TransferId, Outcome)>) -> Result<Retired> {
         let batch = &self.ring[self.head];
-        self.stats.busy_ms += batch.end.elapsed_ms_since(&batch.start)? as f64;
+        let ms = f64::from(batch.end.elapsed_ms_since(&batch.start)?);
+        self.stats.busy_ms += ms;
         self.stats.bytes += batch.bytes;
         self.stats.transfers +=
             batch.transfers.iter().filter(|(_, outcome)| *outcome == Outcome::Succeeded).count()
@@ -279,10 +331,11 @@ impl Lane {
                 self.last.remove(seq);
             }
         }
+        let planned_bytes = batch.planned_bytes;
         self.retired += 1;
         self.head = (self.head + 1) % BATCHES;
         self.in_flight -= 1;
-        Ok(())
+        Ok(Retired { planned_bytes, ms })
     }
 
     pub fn is_busy(&self) -> bool {
@@ -295,6 +348,27 @@ impl Lane {
 
     pub fn stats(&self) -> LaneStats {
         self.stats
+    }
+}
+
+impl Move {
+    /// Takes an injected fault, before the first part moves.
+    fn suffer(&mut self, fault: Option<FaultKind>, stream: StreamRef<'_>) -> Result<()> {
+        match fault {
+            Some(FaultKind::Skip) => self.bytes = 0,
+            Some(FaultKind::Fail) => {
+                // SAFETY: `dst` is a whole block or slot of the engine, which the manager reserves for this
+                // transfer until it is reported as ended.
+                unsafe { stream.fill(self.dst, 0xFF, self.bytes as usize)? };
+                (self.bytes, self.fate.failed) = (0, true);
+            }
+            Some(FaultKind::Corrupt) => self.fate.corrupted = true,
+            Some(FaultKind::Short) => {
+                (self.bytes, self.fate.failed) = (self.bytes / 32 * 16, true);
+            }
+            Some(FaultKind::Delay { .. } | FaultKind::Unordered) | None => {}
+        }
+        Ok(())
     }
 }
 
@@ -311,7 +385,7 @@ impl Batch {
         }
         self.transfers.clear();
         self.seqs.clear();
-        (self.num_parts, self.bytes) = (parts, 0);
+        (self.num_parts, self.bytes, self.planned_bytes) = (parts, 0, 0);
         Ok(())
     }
 }

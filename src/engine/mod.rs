@@ -4,159 +4,59 @@
 //! events) per direction; it does not own the manager, so that one manager may drive the engines of
 //! several ranks. It keeps the ordering half of the safety rules:
 //! - R2: an offload waits for an event recorded on the compute stream at submission; the step that wrote
-//!   the block was submitted before the manager emitted the transfer.
+//!   the block was submitted before the manager emitted the transfer. Layer by layer it waits for the events of
+//!   the step's layers ([`Engine::begin_step`]).
 //! - R3: an onboard waits for the same event, and so for the last readers and for pending fills of its
 //!   target. A step that runs behind its loads waits for them layer by layer ([`Engine::wait_layer`]).
+//!
+//! Onboards start at once; offloads start by chunks, when the engine is called ([`Engine::poll`],
+//! [`Engine::wait_for`]), as [`Pacing`] has it.
 //!
 //! A transfer has ended once the event behind its batch is complete; [`Engine::poll`] says so and how it
 //! ended. [`BatchTables`] turns the block tables of a batch into the device arrays that kernels read.
 
+mod config;
 mod copies;
 mod fault;
+mod fences;
 mod lane;
 mod mover;
 mod parts;
+mod schedule;
 mod storage;
+mod stores;
 mod tables;
 
+pub use config::{EngineConfig, HostSize};
 pub use fault::{Fault, FaultKind};
+pub use fences::StepMarks;
 pub use lane::{LaneStats, LoadMark};
-pub use parts::LayerwiseLoads;
+pub use parts::Layerwise;
+pub use schedule::{Pacing, StepTime};
 pub use storage::{BlockKey, BlockStore, Damage, FileStore, FileStoreConfig, SyncPolicy};
 pub(crate) use tables::map_slots;
 pub use tables::{Batch, BatchTables, SeqSlice};
 
 use std::sync::Arc;
 
-use crate::device::{DeviceBuffer, Event, PinnedBuffer, Span, StreamRef, host};
-use crate::error::{Error, ErrorKind, Result};
+use crate::device::{DeviceBuffer, Event, PinnedBuffer, Span, StreamRef};
+use crate::error::{Error, Result};
 use crate::layout::KvView;
 use crate::manager::{
     BlockCopy, Direction, HostSlot, Outcome, Path, Place, SeqId, Transfer, TransferId,
 };
 use crate::ops::Kernels;
 use crate::spec::{GroupPlan, LayerGroup};
+use config::{addressable, slot_bytes};
 use copies::Copies;
 use fault::Faults;
-use lane::{Lane, Move};
+use fences::{Behind, Fences};
+use lane::{Fate, Lane, Move};
 use parts::Parts;
 use storage::{Start, Storage};
+use stores::Stores;
 
 const OP: &str = "engine";
-
-/// Host slots are multiples of this many bytes, so that direct I/O and registration never split a page.
-const SLOT_ALIGN: u64 = 4096;
-
-/// How large the host tier is.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum HostSize {
-    /// Slots per device block (SGLang's `hicache_ratio`; its default is 2.0).
-    Ratio(f64),
-    /// Bytes of pinned host memory.
-    Bytes(u64),
-    /// Part of the memory that this process may have: that of the machine, or the limit of its memory cgroup
-    /// (v2 or v1) where that is less. Refused when as much is not available now.
-    Fraction(f64),
-}
-
-/// Sizes of an engine's memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct EngineConfig {
-    /// Bytes of a block: the stride of the pool, a multiple of 128.
-    pub block_bytes: usize,
-    /// Blocks of the device pool, the null block included.
-    pub num_blocks: u32,
-    /// Slots of the host arena; 0 for no host tier.
-    pub num_slots: u32,
-}
-
-impl EngineConfig {
-    /// As many blocks as fit into `device_bytes`, and a host tier of the given size.
-    ///
-    /// # Errors
-    /// `InvalidArgument` for a block size of no or odd bytes, a memory too small for two blocks (the null
-    /// block and one more), more blocks than 32-bit ids; `Unsupported` for a ratio that is no finite number >= 0, or
-    /// a fraction that is not of 0 to 1; `OutOfMemory`, with the arithmetic, for a fraction of the host that is not
-    /// available.
-    pub fn sized(block_bytes: usize, device_bytes: u64, host: HostSize) -> Result<Self> {
-        let ids = |count: u64, what: &str| {
-            u32::try_from(count).ok().filter(|n| *n <= i32::MAX as u32).ok_or_else(|| {
-                Error::invalid(OP, format!("{count} {what} exceed 31-bit block ids"))
-            })
-        };
-        if block_bytes == 0 || !block_bytes.is_multiple_of(128) {
-            return Err(Error::invalid(
-                OP,
-                format!("{block_bytes} bytes per block are no positive multiple of 128"),
-            ));
-        }
-        let num_blocks = ids(device_bytes / block_bytes as u64, "blocks")?;
-        if num_blocks < 2 {
-            return Err(Error::invalid(
-                OP,
-                format!(
-                    "{device_bytes} bytes of device memory hold {num_blocks} blocks of {block_bytes} \
-                     bytes; at least 2 are needed"
-                ),
-            ));
-        }
-        let slots = match host {
-            HostSize::Ratio(ratio) if ratio.is_finite() && ratio >= 0.0 => {
-                // Saturating: what exceeds the ids is refused below.
-                (ratio * num_blocks as f64) as u64
-            }
-            HostSize::Ratio(ratio) => {
-                return Err(Error::unsupported(OP, "host ratio", ratio, "finite numbers >= 0"));
-            }
-            HostSize::Bytes(bytes) => bytes / slot_bytes(block_bytes),
-            HostSize::Fraction(fraction) if (0.0..=1.0).contains(&fraction) => {
-                fraction_of_host(fraction)? / slot_bytes(block_bytes)
-            }
-            HostSize::Fraction(fraction) => {
-                return Err(Error::unsupported(OP, "host fraction", fraction, "0 to 1"));
-            }
-        };
-        Ok(Self { block_bytes, num_blocks, num_slots: ids(slots, "host slots")? })
-    }
-
-    /// Bytes of the device pool.
-    pub fn device_bytes(&self) -> u64 {
-        self.num_blocks as u64 * self.block_bytes as u64
-    }
-
-    /// Bytes of the host arena.
-    pub fn host_bytes(&self) -> u64 {
-        self.num_slots as u64 * slot_bytes(self.block_bytes)
-    }
-}
-
-fn addressable(bytes: u64, kind: &'static str) -> Result<usize> {
-    usize::try_from(bytes).map_err(|_| {
-        let reason = "more than the address space".into();
-        Error::new(OP, ErrorKind::OutOfMemory { kind, requested: bytes, reason })
-    })
-}
-
-/// A part of what this process may have of the host, in bytes, if it is available.
-fn fraction_of_host(fraction: f64) -> Result<u64> {
-    let limits = host::describe_limits;
-    let limit = host::limit_bytes().ok_or_else(|| {
-        Error::invalid(OP, format!("the memory of the host is unknown ({}): say bytes", limits()))
-    })?;
-    let requested = (limit as f64 * fraction) as u64;
-    match host::available_bytes() {
-        Some(available) if requested > available => {
-            let reason =
-                format!("{fraction} of {limit} is more than the {available} left; {}", limits());
-            Err(Error::new(OP, ErrorKind::OutOfMemory { kind: "pinned host", requested, reason }))
-        }
-        _ => Ok(requested),
-    }
-}
-
-fn slot_bytes(block_bytes: usize) -> u64 {
-    (block_bytes as u64).next_multiple_of(SLOT_ALIGN)
-}
 
 /// Bytes moved and the time it took, per direction.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -169,20 +69,20 @@ pub struct EngineStats {
     pub persist: LaneStats,
     /// Storage to host; the busy time is of all workers together.
     pub fetch: LaneStats,
+    /// Share of the time that offloads get beside the caller's steps, 0 to 1: see [`Engine::report_step`].
+    pub store_share: f64,
 }
 
 /// The pools of one device and the lanes between them. See the module documentation.
 pub struct Engine {
     // Workers and lanes first: they have ended (lanes in `drop`) before the memory goes.
     storage: Option<Storage>,
-    offload: Lane,
+    offload: Stores,
     onboard: Lane,
-    /// Of onboards, and of offloads.
+    /// Of onboards.
     load_parts: Parts,
-    store_parts: Parts,
     copies: Copies,
-    /// Recorded on the compute stream at every submission.
-    fence: Event,
+    fences: Fences,
     faults: Faults,
     /// Ended and not yet reported.
     ended: Vec<(TransferId, Outcome)>,
@@ -224,11 +124,10 @@ impl Engine {
         Ok(Self {
             storage: None,
             load_parts: whole(),
-            store_parts: whole(),
-            offload: Lane::new(&kernels, Direction::Offload)?,
+            offload: Stores::new(&kernels, whole())?,
             onboard: Lane::new(&kernels, Direction::Onboard)?,
             copies: Copies::new(device)?,
-            fence: device.event()?,
+            fences: Fences::new(device),
             faults: Faults::default(),
             ended: Vec::new(),
             kernels,
@@ -303,6 +202,9 @@ impl Engine {
             self.block(copy.to)?;
         }
         let bytes = self.config.block_bytes as u64;
+        if !copies.is_empty() {
+            self.fences.forget_step();
+        }
         self.copies.start(&self.kernels, copies, self.pool.span(), bytes, compute)
     }
 
@@ -334,43 +236,46 @@ impl Engine {
         for transfer in transfers {
             self.start_storage(transfer)?;
         }
-        compute.record(&self.fence)?;
-        for direction in [Direction::Offload, Direction::Onboard] {
-            let of_direction = |t: &&Transfer| t.path.direction() == direction;
-            let mut moves = transfers.iter().filter(of_direction).peekable();
-            if moves.peek().is_none() {
-                continue;
-            }
-            let (lane, parts, other) = match direction {
-                Direction::Offload => (&mut self.offload, &self.store_parts, &self.onboard),
-                _ => (&mut self.onboard, &self.load_parts, &self.offload),
+        let of_direction =
+            |wanted| transfers.iter().filter(move |t| t.path.direction() == wanted).peekable();
+        let fence = self.fences.record(compute)?;
+        let (pool, arena) = (self.pool.address(), self.arena.address());
+        let bytes = self.config.block_bytes as u64;
+        let as_move = |transfer: &Transfer| {
+            let address = |place| match place {
+                Place::Device(block) => pool + block as u64 * bytes,
+                Place::Host(slot) | Place::Storage(slot) => {
+                    arena + slot as u64 * slot_bytes(bytes as usize)
+                }
             };
-            if !self.faults.take_unordered(direction) {
-                lane.wait(&self.fence)?;
-            }
-            while moves.peek().is_some() {
-                lane.make_room(&mut self.ended)?;
-                lane.start(
-                    &mut self.faults,
-                    parts,
-                    other.is_busy(),
-                    moves.by_ref().map(|transfer| {
-                        let bytes = self.config.block_bytes as u64;
-                        let address = |place| match place {
-                            Place::Device(block) => self.pool.address() + block as u64 * bytes,
-                            Place::Host(slot) | Place::Storage(slot) => {
-                                self.arena.address() + slot as u64 * slot_bytes(bytes as usize)
-                            }
-                        };
-                        let (src, dst) =
-                            (address(transfer.path.from()), address(transfer.path.to()));
-                        let Transfer { id, group, seq, .. } = *transfer;
-                        Move { id, group, seq, src, dst, bytes }
-                    }),
-                )?;
-            }
+            let (src, dst) = (address(transfer.path.from()), address(transfer.path.to()));
+            let Transfer { id, group, seq, .. } = *transfer;
+            Move { id, group, seq, src, dst, bytes, fate: Fate::default() }
+        };
+        let mut loads = of_direction(Direction::Onboard);
+        if loads.peek().is_some() && !self.faults.take_unordered(Direction::Onboard) {
+            self.onboard.wait(fence.whole())?;
         }
-        Ok(())
+        while loads.peek().is_some() {
+            self.onboard.make_room(&mut self.ended)?;
+            let stores = self.offload.is_busy();
+            let loads = loads.by_ref().map(as_move);
+            self.onboard.start_whole(loads, &self.load_parts, stores, &mut self.faults)?;
+        }
+        let mut stores = of_direction(Direction::Offload);
+        if stores.peek().is_some() {
+            let behind = match self.faults.take_unordered(Direction::Offload) {
+                true => Behind::Nothing,
+                false => self.fences.behind(&fence),
+            };
+            self.offload.push(stores.map(as_move), behind);
+        }
+        self.pump(false)
+    }
+
+    /// Starts the stores that may run now.
+    fn pump(&mut self, urgent: bool) -> Result<()> {
+        self.offload.pump(urgent, self.onboard.is_busy(), &mut self.faults)
     }
 
     /// Hands a transfer to the storage workers, if it is theirs.
@@ -423,8 +328,7 @@ impl Engine {
 
     /// Appends to `ended` the transfers that have ended since the last call, and how.
     pub fn poll(&mut self, ended: &mut Vec<(TransferId, Outcome)>) -> Result<()> {
-        self.offload.poll(&mut self.ended)?;
-        self.onboard.poll(&mut self.ended)?;
+        self.move_on()?;
         if let Some(storage) = &mut self.storage {
             storage.poll(&mut self.ended);
         }
@@ -433,16 +337,44 @@ impl Engine {
         Ok(())
     }
 
+    /// Retires what has ended and starts the stores whose turn it is.
+    fn move_on(&mut self) -> Result<()> {
+        self.offload.poll(&mut self.ended)?;
+        self.onboard.poll(&mut self.ended)?;
+        self.pump(false)
+    }
+
+    /// Blocks until an event of the caller's is complete, as [`Event::synchronize`] does, and keeps stores moving
+    /// meanwhile: they start by chunks, when the engine is called.
+    pub fn wait_for(&mut self, event: &Event) -> Result<()> {
+        while self.offload.outstanding() > 0 {
+            if event.is_complete()? {
+                return Ok(());
+            }
+            self.move_on()?;
+            std::thread::yield_now();
+        }
+        event.synchronize()
+    }
+
     /// Blocks until every transfer submitted so far has ended; appends what was not reported yet.
     pub fn wait(&mut self, ended: &mut Vec<(TransferId, Outcome)>) -> Result<()> {
-        self.offload.drain(&mut self.ended)?;
-        self.onboard.drain(&mut self.ended)?;
+        self.drain()?;
         if let Some(storage) = &mut self.storage {
             storage.drain(&mut self.ended);
         }
         self.faults.release(&mut self.ended);
         ended.append(&mut self.ended);
         Ok(())
+    }
+
+    fn drain(&mut self) -> Result<()> {
+        self.pump(true)?;
+        while self.offload.outstanding() > 0 {
+            self.offload.wait_oldest(&mut self.ended)?;
+            self.pump(true)?;
+        }
+        self.onboard.drain(&mut self.ended)
     }
 
     /// Makes later work of `compute` wait for all onboards submitted so far, without blocking the host.
@@ -456,12 +388,65 @@ impl Engine {
     /// # Errors
     /// `InvalidArgument` while onboards are under way, and for groups whose layers lie otherwise than the native
     /// layout has them; `Unsupported` for no parts.
-    pub fn load_by_layer(&mut self, plan: &GroupPlan, loads: LayerwiseLoads) -> Result<()> {
+    pub fn load_by_layer(&mut self, plan: &GroupPlan, loads: Layerwise) -> Result<()> {
         if self.onboard.outstanding() > 0 {
             return Err(Error::invalid(OP, "onboards are under way: wait until they have ended"));
         }
-        self.load_parts = Parts::of(plan, loads, self.config.block_bytes as u64)?;
+        let bytes = self.config.block_bytes as u64;
+        self.load_parts = Parts::of(plan, loads, bytes, Direction::Onboard)?;
         Ok(())
+    }
+
+    /// From now on offloads come layer by layer, each part behind its own layers of the step that wrote the blocks,
+    /// where the caller marks them: see [`Self::begin_step`].
+    ///
+    /// # Errors
+    /// Those of [`Self::load_by_layer`], with offloads.
+    pub fn store_by_layer(&mut self, plan: &GroupPlan, stores: Layerwise) -> Result<()> {
+        if self.offload.outstanding() > 0 {
+            return Err(Error::invalid(OP, "offloads are under way: wait until they have ended"));
+        }
+        let bytes = self.config.block_bytes as u64;
+        let parts = Parts::of(plan, stores, bytes, Direction::Offload)?;
+        self.fences.set_parts(parts.most());
+        self.offload.set_parts(parts);
+        Ok(())
+    }
+
+    /// Begins to mark a step, before its first layer is submitted: [`StepMarks::layer_computed`] follows the append
+    /// of every layer, [`Self::end_step`] the last one.
+    ///
+    /// Offloads submitted then, up to the next step, start part by part behind these marks and not behind the
+    /// stream (R2). What they store must have been written by this step or before it: until the next step begins
+    /// nothing else on the stream may write blocks that the manager gives out for offload. The engine's own
+    /// [`Self::copy_blocks`] may: offloads wait for the whole stream again after it.
+    ///
+    /// # Errors
+    /// Driver errors.
+    pub fn begin_step(&mut self) -> Result<StepMarks> {
+        self.fences.begin_step(self.offload.parts())
+    }
+
+    /// Ends a step whose layers were all submitted.
+    pub fn end_step(&mut self, marks: StepMarks) {
+        self.fences.end_step(marks);
+    }
+
+    /// How stores share the link and the device with loads and steps.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for figures that make no sense: nothing is changed.
+    pub fn set_pacing(&mut self, pacing: Pacing) -> Result<()> {
+        pacing.check()?;
+        self.offload.set_pacing(pacing);
+        Ok(())
+    }
+
+    /// Reports how long a step took on the device, in the order of the steps. From steps with and without stores
+    /// beside them the engine finds how much of the time stores may have ([`Pacing::tolerated_slowdown`]);
+    /// [`EngineStats::store_share`] says it. Without reports stores have all of it.
+    pub fn report_step(&mut self, step: StepTime) {
+        self.offload.step(step);
     }
 
     /// What the steps of these sequences have to wait for: the last onboard submitted for any of them. `None` when
@@ -489,7 +474,8 @@ impl Engine {
     /// Bytes moved so far and the time it took, by events, of the transfers that have ended.
     pub fn stats(&self) -> EngineStats {
         let (persist, fetch) = self.storage.as_ref().map(Storage::stats).unwrap_or_default();
-        EngineStats { offload: self.offload.stats(), onboard: self.onboard.stats(), persist, fetch }
+        let (offload, onboard) = (self.offload.stats(), self.onboard.stats());
+        EngineStats { offload, onboard, persist, fetch, store_share: self.offload.share() }
     }
 
     /// Makes later transfers misbehave: for tests of what stands on the engine.

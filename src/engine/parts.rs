@@ -1,4 +1,5 @@
-//! How loads are cut into parts, so that a step can begin once the first layers of its blocks have come.
+//! How transfers are cut into parts of layers, so that a step can begin once the first layers of its blocks have
+//! come, and a store once the first layers have been computed.
 //!
 //! A part is a run of layers of the model, the same for all groups: part `p` of a block are the bytes of those
 //! of its layer slots whose layers belong to the run, one fragment, because slots are in the order of layers.
@@ -8,6 +9,7 @@ use std::ops::Range;
 
 use super::OP;
 use crate::error::{Error, Result};
+use crate::manager::Direction;
 use crate::spec::GroupPlan;
 
 /// Transfers of one batch of whole blocks.
@@ -15,17 +17,18 @@ const WHOLE_BATCH: usize = 1024;
 /// Transfers of one batch in parts: larger, because the first layer of a batch waits for all of the one before.
 const LAYERED_BATCH: usize = 16 * 1024;
 
-/// Loads by layer. See [`Engine::load_by_layer`](super::Engine::load_by_layer).
+/// Transfers by layer. See [`Engine::load_by_layer`](super::Engine::load_by_layer) and
+/// [`Engine::store_by_layer`](super::Engine::store_by_layer).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LayerwiseLoads {
-    /// Parts that a load comes in, at most one per layer. Each costs a launch and an event.
+pub struct Layerwise {
+    /// Parts that a block comes in, at most one per layer. Each costs a launch and an event.
     pub parts: u32,
-    /// What is submitted together and has fewer bytes than this comes in one part: its launches would take longer
-    /// than its bytes.
+    /// What is submitted together and has fewer bytes than this comes in one part: launches would take longer than
+    /// bytes.
     pub min_bytes: u64,
 }
 
-impl Default for LayerwiseLoads {
+impl Default for Layerwise {
     /// 16 parts; 4 MiB, which are 80 us of a PCIe 5 link.
     fn default() -> Self {
         Self { parts: 16, min_bytes: 4 << 20 }
@@ -37,6 +40,8 @@ pub(super) struct Parts {
     count: usize,
     min_bytes: u64,
     block_bytes: u64,
+    /// Whether states, of which every layer is part, come with the last part and not with the first.
+    states_last: bool,
     /// Part of each model layer.
     of_layer: Vec<u32>,
     /// `[group][part]`: bytes of a block.
@@ -46,17 +51,30 @@ pub(super) struct Parts {
 impl Parts {
     /// Blocks that move whole.
     pub fn whole(block_bytes: u64) -> Self {
-        Self { count: 1, min_bytes: 0, block_bytes, of_layer: Vec::new(), ranges: Vec::new() }
+        Self {
+            count: 1,
+            min_bytes: 0,
+            block_bytes,
+            states_last: false,
+            of_layer: Vec::new(),
+            ranges: Vec::new(),
+        }
     }
 
-    /// The parts of the blocks of a plan; states, of which every layer needs all, come with the first.
-    pub fn of(plan: &GroupPlan, loads: LayerwiseLoads, block_bytes: u64) -> Result<Self> {
+    /// The parts of the blocks of a plan, one way: loads bring the states with the first part, because every layer
+    /// reads all of them; stores take them with the last, because every layer writes to them.
+    pub fn of(
+        plan: &GroupPlan,
+        layerwise: Layerwise,
+        block_bytes: u64,
+        direction: Direction,
+    ) -> Result<Self> {
         let layers = || plan.groups.iter().flat_map(|group| &group.layers);
         let num_layers = layers().max().map_or(0, |last| *last as usize + 1);
-        if loads.parts == 0 {
-            return Err(Error::unsupported(OP, "parts of a load:", 0, "1 or more"));
+        if layerwise.parts == 0 {
+            return Err(Error::unsupported(OP, "parts of a block:", 0, "1 or more"));
         }
-        let count = (loads.parts as usize).min(num_layers).max(1);
+        let count = (layerwise.parts as usize).min(num_layers).max(1);
         let of_layer: Vec<u32> = (0..num_layers).map(|l| (l * count / num_layers) as u32).collect();
         let mut ranges = Vec::new();
         for (g, group) in plan.groups.iter().enumerate() {
@@ -70,7 +88,7 @@ impl Parts {
                 return Err(Error::invalid(
                     OP,
                     format!(
-                        "group {g} cannot be loaded by layer: its {} layers must be in ascending order and their \
+                        "group {g} cannot be moved by layer: its {} layers must be in ascending order and their \
                          slots, multiples of 16 bytes, must fit {block_bytes} bytes",
                         group.layers.len()
                     ),
@@ -89,7 +107,14 @@ impl Parts {
             }
             ranges.push(of_group);
         }
-        Ok(Self { count, min_bytes: loads.min_bytes, block_bytes, of_layer, ranges })
+        Ok(Self {
+            count,
+            min_bytes: layerwise.min_bytes,
+            block_bytes,
+            states_last: direction == Direction::Offload,
+            of_layer,
+            ranges,
+        })
     }
 
     /// Transfers of one batch at most.
@@ -106,9 +131,20 @@ impl Parts {
     pub fn range(&self, group: u32, part: usize, count: usize) -> Range<u64> {
         match self.ranges.get(group as usize) {
             Some(ranges) if count > 1 => ranges[part].clone(),
-            _ if part == 0 => 0..self.block_bytes,
+            _ if part == if self.states_last { count - 1 } else { 0 } => 0..self.block_bytes,
             _ => 0..0,
         }
+    }
+
+    /// Parts of a block at most.
+    pub fn most(&self) -> usize {
+        self.count
+    }
+
+    /// The part whose last layer this is, if it is one.
+    pub fn ends_with(&self, layer: u32) -> Option<usize> {
+        let part = *self.of_layer.get(layer as usize)?;
+        (self.of_layer.get(layer as usize + 1) != Some(&part)).then_some(part as usize)
     }
 
     /// The part that a layer comes with.
@@ -128,10 +164,14 @@ mod tests {
             let Ok(plan) = ModelSpec::preset(name).and_then(|spec| spec.group(16)) else {
                 continue;
             };
-            for parts in [1, 2, 7, 16, 1000] {
-                let loads = LayerwiseLoads { parts, min_bytes: 0 };
-                let parts = Parts::of(&plan, loads, plan.block_bytes as u64).unwrap();
+            let ways = [Direction::Onboard, Direction::Offload];
+            for (parts, way) in [1, 2, 7, 16, 1000].into_iter().flat_map(|p| ways.map(|w| (p, w))) {
+                let layerwise = Layerwise { parts, min_bytes: 0 };
+                let parts = Parts::of(&plan, layerwise, plan.block_bytes as u64, way).unwrap();
                 let count = parts.count(1);
+                let layers = 0..plan.groups.iter().map(|group| group.layers.len()).sum::<usize>();
+                let ends: Vec<_> = layers.filter_map(|l| parts.ends_with(l as u32)).collect();
+                assert_eq!(ends, (0..count).collect::<Vec<_>>(), "{name}: every part ends once");
                 for (g, group) in plan.groups.iter().enumerate() {
                     let mut end = 0;
                     for range in (0..count).map(|part| parts.range(g as u32, part, count)) {
@@ -149,8 +189,11 @@ mod tests {
                     }
                 }
                 let states = plan.groups.len() as u32;
-                assert_eq!(parts.range(states, 0, count), 0..plan.block_bytes as u64);
-                assert!(count == 1 || parts.range(states, 1, count).is_empty());
+                let with = if way == Direction::Onboard { 0 } else { count - 1 };
+                for part in 0..count {
+                    let bytes = if part == with { plan.block_bytes as u64 } else { 0 };
+                    assert_eq!(parts.range(states, part, count), 0..bytes);
+                }
             }
         }
     }

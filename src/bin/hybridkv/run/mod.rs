@@ -66,8 +66,12 @@ pub struct Args {
     pub write: Write,
     /// How steps follow the loads that they need: layers (each layer waits for its own part of them), whole (the
     /// first step waits for all).
-    #[arg(long, value_enum, default_value_t = Onboard::Layers)]
-    pub onboard: Onboard,
+    #[arg(long, value_enum, default_value_t = Cut::Layers)]
+    pub onboard: Cut,
+    /// How stores follow the step that computes their blocks: layers (each behind its own layers of it), whole
+    /// (behind its end).
+    #[arg(long, value_enum, default_value_t = Cut::Layers)]
+    pub offload: Cut,
     /// Folder of a storage tier below the host; what an earlier run of the same model left there is used.
     #[arg(long)]
     pub storage: Option<String>,
@@ -143,9 +147,9 @@ impl From<Write> for WritePolicy {
     }
 }
 
-/// What the steps of a request wait for, as the command line names it.
+/// Whether blocks move layer by layer, as the command line names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Onboard {
+pub enum Cut {
     Layers,
     Whole,
 }

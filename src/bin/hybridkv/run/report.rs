@@ -39,6 +39,8 @@ pub struct Report {
     pub device_tier: Tier,
     pub host_tier: Tier,
     pub offload: Moved,
+    /// Share of the time that offloads got beside decode steps, at the end.
+    pub store_share: f64,
     pub onboard: Moved,
     pub persist: Moved,
     pub fetch: Moved,
@@ -167,6 +169,7 @@ impl Report {
             device_tier: tiers.0,
             host_tier: tiers.1,
             offload: Moved::new(&moved.offload),
+            store_share: moved.store_share,
             onboard: Moved::new(&moved.onboard),
             persist: Moved::new(&moved.persist),
             fetch: Moved::new(&moved.fetch),

@@ -1,7 +1,7 @@
 //! From arguments to a model, a workload and memory sizes that belong together.
 
 use hybridkv::device::Device;
-use hybridkv::engine::{EngineConfig, FileStoreConfig, HostSize, LayerwiseLoads, SyncPolicy};
+use hybridkv::engine::{EngineConfig, FileStoreConfig, HostSize, Layerwise, SyncPolicy};
 use hybridkv::error::{Error, Result};
 use hybridkv::manager::{
     Eviction, GroupConfig, HostConfig, ManagerConfig, PrefetchPolicy, Retention, StorageConfig,
@@ -10,7 +10,7 @@ use hybridkv::spec::{AttentionKind, GroupPlan, LayerSpec, ModelSpec, Provenance}
 
 use super::content::Elements;
 use super::conversations::{Conversations, Sizes};
-use super::{Args, KvDtype, Onboard};
+use super::{Args, Cut, KvDtype};
 use crate::trace::{Trace, output_token};
 use crate::values::{load_model, parse_bytes};
 
@@ -110,7 +110,9 @@ pub struct Setup {
     /// Tokens that a prefetch is to save at least.
     pub prefetch_threshold: u32,
     /// How loads are cut for steps that run behind them; `None` when steps wait for all of them.
-    pub layerwise: Option<LayerwiseLoads>,
+    pub layerwise: Option<Layerwise>,
+    /// The same for stores that start behind the layers of a step; `None` when they start behind its end.
+    pub layerwise_stores: Option<Layerwise>,
     pub max_seqs: usize,
     pub max_batch_tokens: usize,
     /// Fraction of blocks read back, and of (sequence, step, layer) of which one output row is checked.
@@ -242,9 +244,9 @@ impl Setup {
             }),
             None => None,
         };
-        // On the CPU device no load is too small to come in parts: it is there to be verified.
-        let min_bytes = if on_cpu { 0 } else { LayerwiseLoads::default().min_bytes };
-        let layerwise = LayerwiseLoads { min_bytes, ..LayerwiseLoads::default() };
+        // On the CPU device nothing is too small to come in parts: it is there to be verified.
+        let min_bytes = if on_cpu { 0 } else { Layerwise::default().min_bytes };
+        let layerwise = Layerwise { min_bytes, ..Layerwise::default() };
         Ok(Self {
             elements,
             spec,
@@ -253,7 +255,8 @@ impl Setup {
             storage_eviction: args.storage_eviction,
             prefetch: args.prefetch.map(PrefetchPolicy::from),
             prefetch_threshold: StorageConfig::new(0).prefetch_threshold / shrink as u32,
-            layerwise: (args.onboard == Onboard::Layers).then_some(layerwise),
+            layerwise: (args.onboard == Cut::Layers).then_some(layerwise),
+            layerwise_stores: (args.offload == Cut::Layers).then_some(layerwise),
             workload,
             engine,
             manager,

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hybridkv::device::{Device, Event, Stream};
-use hybridkv::engine::{BatchTables, BlockStore, Engine, Fault, FileStore, SeqSlice};
+use hybridkv::engine::{BatchTables, BlockStore, Engine, Fault, FileStore, SeqSlice, StepTime};
 use hybridkv::error::{Error, ErrorKind, Result};
 use hybridkv::manager::{BlockId, ExtraKeys, Manager, Outcome, SeqId, Transfer, TransferId};
 use hybridkv::ops::Kernels;
@@ -146,6 +146,8 @@ struct Step {
     start: Event,
     end: Event,
     slices: Vec<SeqSlice>,
+    /// Of a step of decode alone, the bytes that its attention reads: steps beside transfers are judged by it.
+    decode_work: Option<f64>,
     /// What the timer measures, if it does.
     timed: Option<(bool, AttentionTime)>,
 }
@@ -194,6 +196,9 @@ impl Server {
         }
         if let Some(loads) = setup.layerwise {
             engine.load_by_layer(&setup.plan, loads)?;
+        }
+        if let Some(stores) = setup.layerwise_stores {
+            engine.store_by_layer(&setup.plan, stores)?;
         }
         for fault in faults {
             engine.inject(*fault);
@@ -354,8 +359,12 @@ impl Server {
     /// Waits for the oldest step, settles its tokens and ends the requests that are done.
     fn settle_oldest(&mut self) -> Result<()> {
         let Some(mut step) = self.steps.pop_front() else { return Ok(()) };
-        step.end.synchronize()?;
-        self.counters.step_ms += step.end.elapsed_ms_since(&step.start)? as f64;
+        self.engine.wait_for(&step.end)?;
+        let ms = f64::from(step.end.elapsed_ms_since(&step.start)?);
+        self.counters.step_ms += ms;
+        if let Some(work) = step.decode_work {
+            self.engine.report_step(StepTime { ms, work });
+        }
         if let Some((decode_only, mut time)) = step.timed.take() {
             time.ms = self.timer.total_ms()?;
             self.timer_busy = false;
@@ -594,7 +603,7 @@ impl Server {
             None => {
                 let device = compute.device();
                 let (start, end) = (device.timed_event()?, device.timed_event()?);
-                Step { start, end, slices: Vec::new(), timed: None }
+                Step { start, end, slices: Vec::new(), decode_work: None, timed: None }
             }
         };
         step.slices.extend_from_slice(&self.batch);
@@ -616,13 +625,15 @@ impl Server {
             .iter()
             .map(|group| Reach::of(group.kind, group.sink_tokens, &self.batch))
             .collect();
+        let (decode_only, work) = (batch.max_q_len == 1, attention_work(&self.setup, &reaches));
+        step.decode_work = decode_only.then_some(work.bytes);
         if !self.timer_busy && self.counters.steps.is_multiple_of(TIMED_STEPS) {
-            let decode_only = batch.max_q_len == 1;
-            step.timed = Some((decode_only, attention_work(&self.setup, &reaches)));
+            step.timed = Some((decode_only, work));
             self.timer_busy = true;
         }
 
         compute.record(&step.start)?;
+        let mut marks = self.engine.begin_step()?;
         let load = self.engine.last_load(self.batch.iter().map(|slice| slice.seq));
         let Self { model, sampler, running, batch: slices, timer, manager, engine, .. } = self;
         let loads =
@@ -636,10 +647,14 @@ impl Server {
         };
         let hashes = |seq| running.iter().find(|live| live.seq == seq).map(|live| &live.job.hashes);
         let timer = step.timed.is_some().then_some(&*timer);
-        model.step(&batch, &reaches, timer, compute, before_layer, |layer, out| match sampler {
-            Some(sampler) => sampler.sample_rows(layer, out, slices, hashes, compute),
-            None => Ok(()),
+        model.step(&batch, &reaches, timer, compute, before_layer, |layer, out| {
+            marks.layer_computed(layer, compute)?;
+            match sampler {
+                Some(sampler) => sampler.sample_rows(layer, out, slices, hashes, compute),
+                None => Ok(()),
+            }
         })?;
+        self.engine.end_step(marks);
         compute.record(&step.end)?;
         self.steps.push_back(step);
         self.counters.steps += 1;
