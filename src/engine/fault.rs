@@ -22,6 +22,11 @@ pub enum FaultKind {
         /// Polls.
         polls: u32,
     },
+    /// The copy itself is late: its target is filled so often with 0xFF first. Does nothing to storage.
+    Late {
+        /// Fills.
+        fills: u32,
+    },
     /// The submission does not wait for the compute stream (breaks R2 and R3).
     Unordered,
 }

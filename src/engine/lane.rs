@@ -366,6 +366,12 @@ impl Move {
             Some(FaultKind::Short) => {
                 (self.bytes, self.fate.failed) = (self.bytes / 32 * 16, true);
             }
+            Some(FaultKind::Late { fills }) => {
+                for _ in 0..fills {
+                    // SAFETY: as above.
+                    unsafe { stream.fill(self.dst, 0xFF, self.bytes as usize)? };
+                }
+            }
             Some(FaultKind::Delay { .. } | FaultKind::Unordered) | None => {}
         }
         Ok(())

@@ -103,7 +103,8 @@ impl Job {
             Some(FaultKind::Skip) => return Ok(()),
             Some(FaultKind::Corrupt) => Some(Damage::Corrupt),
             Some(FaultKind::Short) => Some(Damage::Short),
-            Some(FaultKind::Delay { .. } | FaultKind::Unordered) | None => None,
+            Some(FaultKind::Delay { .. } | FaultKind::Late { .. } | FaultKind::Unordered)
+            | None => None,
         };
         if self.persists {
             // SAFETY: a whole slot of the arena. Its offload has ended, and no transfer writes it until
