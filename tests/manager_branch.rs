@@ -186,6 +186,41 @@ fn who_hit_tokens_that_were_never_computed_is_told() {
 }
 
 #[test]
+fn who_shares_but_finished_tokens_is_not_told() {
+    // Of two sequences over one hit, one is cut back into the tail that they share: twice, and aborted.
+    let mut m = manager(40);
+    for seq in [1, 2] {
+        m.allocate(seq, &[7; 13], KEYS, 0).unwrap();
+        m.advance(seq, 13, 12).unwrap();
+    }
+    for tokens in [11, 10] {
+        assert!(m.trim(2, tokens).unwrap().dependents.is_empty(), "{tokens}");
+    }
+    assert_eq!(m.lookup(&[7; 13], KEYS).tokens, 12, "what was computed stays findable");
+    assert!(m.abort(2).unwrap().is_empty());
+    assert_eq!(m.lookup(&[7; 13], KEYS).tokens, 12);
+    // A fork of settled tokens, in whose tail its parent goes on.
+    m.trim(1, 11).unwrap();
+    m.fork(1, 3).unwrap();
+    m.append(1, &[8]).unwrap();
+    m.advance(1, 12, 11).unwrap();
+    assert!(m.abort(1).unwrap().is_empty());
+}
+
+#[test]
+fn forks_of_a_fork_that_has_gone_depend_on_what_it_began_with() {
+    let mut m = manager(40);
+    m.allocate(1, &[7; 6], KEYS, 0).unwrap();
+    m.advance(1, 6, 3).unwrap();
+    m.fork(1, 2).unwrap();
+    m.fork(2, 3).unwrap();
+    m.append(3, &[8]).unwrap();
+    m.free(2).unwrap();
+    copies(&mut m);
+    assert_eq!(m.abort(1).unwrap(), [3]);
+}
+
+#[test]
 fn a_failed_step_takes_the_forks_of_its_tokens_with_it() {
     let mut m = manager(60);
     m.allocate(1, &[7; 10], KEYS, 0).unwrap();

@@ -150,7 +150,7 @@ impl Manager {
             return Err(Error::new(op, ErrorKind::UnknownSequence(seq)));
         };
         check_loaded(op, seq, sequence)?;
-        let len = sequence.tokens.len();
+        let (len, computed) = (sequence.tokens.len(), sequence.computed);
         if tokens == 0 || tokens > len {
             return Err(Error::invalid(
                 op,
@@ -191,12 +191,13 @@ impl Manager {
                 if id == NULL || !block.cached {
                     continue;
                 }
-                let computed = (b + 1) * group.block_size <= sequence.computed;
-                if !computed && block.users > 1 {
+                // What was cut off before was computed, or is not findable.
+                let unfinished = computed < len && computed < (b + 1) * group.block_size;
+                if unfinished && block.users > 1 {
                     void.insert(id);
                 }
                 // A block that others hold is theirs as well: it stays what it is.
-                if !computed || cached == Cached::Goes && block.users == 1 {
+                if unfinished || cached == Cached::Goes && block.users == 1 {
                     self.device.remove(id);
                     let kind = EventKind::Removed;
                     self.events.push(kind, g as u32, Tier::Device, block.index, block.hash);
@@ -228,17 +229,23 @@ impl Manager {
         if let Some(inherited) = &mut sequence.inherited {
             inherited.tokens = inherited.tokens.min(tokens);
         }
-        let dependents = self.holders(seq, &void);
+        let dependents = self.holders(seq, &void, computed);
         Ok(Cut { freed, dependents })
     }
 
-    /// The other sequences that hold one of these blocks, ascending.
-    pub(super) fn holders(&self, seq: SeqId, blocks: &HashSet<BlockId>) -> Vec<SeqId> {
+    /// The other sequences that hold one of these blocks and count on more than the first `tokens` tokens, ascending.
+    pub(super) fn holders(
+        &self,
+        seq: SeqId,
+        blocks: &HashSet<BlockId>,
+        tokens: usize,
+    ) -> Vec<SeqId> {
         if blocks.is_empty() {
             return Vec::new();
         }
         let holds = |other: &Sequence| {
-            other.rows.iter().flat_map(|row| row.table.ids()).any(|id| blocks.contains(&id))
+            let mut held = other.rows.iter().flat_map(|row| row.table.ids());
+            other.tokens.len() > tokens && held.any(|id| blocks.contains(&id))
         };
         let mut holders: Vec<SeqId> = self
             .sequences

@@ -534,6 +534,14 @@ impl Manager {
         let Some(mut sequence) = self.sequences.remove(&seq) else {
             return Err(Error::new("free", ErrorKind::UnknownSequence(seq)));
         };
+        if let Some(inherited) = sequence.inherited {
+            // Who was forked from it counts on what it had not finished of its parent's.
+            let of = self.sequences.values_mut().filter_map(|other| other.inherited.as_mut());
+            for other in of.filter(|other| other.from == sequence.generation) {
+                let tokens = other.tokens.min(inherited.tokens);
+                *other = Inherited { tokens, ..inherited };
+            }
+        }
         self.policy.end(&self.groups, &mut sequence);
         if let (Some(host), Some(config)) = (&mut self.host, &self.config.host) {
             if sequence.boundaries.end > 0 {
@@ -574,18 +582,15 @@ impl Manager {
             return Err(Error::new("abort", ErrorKind::UnknownSequence(seq)));
         };
         self.events.seal();
-        // What a forked sequence began with is its parent's work. Its own begins in the block of its first
-        // token, which is not shared: with none of its own, behind the last block it shares.
+        // What a forked sequence began with is its parent's work.
         let inherited = sequence.inherited.map_or(0, |inherited| inherited.tokens);
         let finished = sequence.settled.max(inherited);
-        let begun = sequence.tokens.len() > inherited;
+        let len = sequence.tokens.len();
         let mut shared = HashSet::new();
         for (g, (group, row)) in self.groups.iter().zip(&sequence.rows).enumerate() {
-            let unsettled = match begun {
-                true => finished / group.block_size,
-                false => finished.div_ceil(group.block_size),
-            };
-            let blocks = row.table.indices_from(unsettled).map(|b| row.table.get(b));
+            // The blocks of its unfinished tokens.
+            let unsettled = row.table.indices_from(finished / group.block_size);
+            let blocks = unsettled.filter(|_| finished < len).map(|b| row.table.get(b));
             for id in blocks.filter(|&id| id != NULL) {
                 let block = *self.device.pool.block(id);
                 if block.users > 1 {
@@ -599,7 +604,7 @@ impl Manager {
             }
             if let Some(host) = &mut self.host {
                 // Whoever had them stored.
-                for b in unsettled..sequence.computed / group.block_size {
+                for b in finished / group.block_size..sequence.computed / group.block_size {
                     if let Some(hash) = sequence.tokens.hashes().get(group.key_index(b)) {
                         host.disown(g, hash, &mut self.events);
                     }
@@ -611,9 +616,9 @@ impl Manager {
         let inherits = |other: &Sequence| {
             other.inherited.is_some_and(|inherited| {
                 inherited.from == generation && inherited.tokens > settled.max(other.settled)
-            })
+            }) && settled < len
         };
-        let mut dependents = self.holders(seq, &shared);
+        let mut dependents = self.holders(seq, &shared, finished);
         dependents.extend(self.sequences.iter().filter(|(_, s)| inherits(s)).map(|(&id, _)| id));
         dependents.sort_unstable();
         dependents.dedup();
