@@ -13,6 +13,8 @@ mod oracle;
 mod prefixes;
 #[path = "manager_properties/sequences.rs"]
 mod sequences;
+#[path = "manager_properties/shares.rs"]
+mod shares;
 #[path = "manager_properties/transfers.rs"]
 mod transfers;
 #[path = "manager_properties/world.rs"]

@@ -36,7 +36,9 @@ impl World {
             || start < rule.sink_tokens as usize
             || (start..end).any(|j| sees(rule, sequence.settled, j));
         // Of states only those at the slot and at checkpoints are kept, and no older one.
-        (!self.is_state(g) || !live).then_some(live)
+        // On trial nothing is freed.
+        let kept = !live && sequence.trial.is_some();
+        (!kept && (!self.is_state(g) || !live)).then_some(live)
     }
 
     pub fn check(&mut self) -> Check {
@@ -74,6 +76,9 @@ impl World {
                     prop_assert!(findable || !owed, "block {} of group {} is not kept", b, g);
                 }
             }
+        }
+        for &id in self.pins.values().flat_map(|pin| &pin.ids) {
+            *users.entry(id).or_default() += 1;
         }
         for (&seq, sequence) in &self.sequences {
             // One bound of sizing and admission, whatever was looked ahead.
@@ -132,21 +137,27 @@ impl World {
                 }
             }
         }
-        let more = swapped > 0 || self.prefetched.is_some();
+        let more = swapped > 0 || self.prefetched.is_some() || self.pinned_in(Tier::Host) > 0;
         let pinned = usage.host_pinned;
+        prop_assert!(pinned >= self.findable_pinned_in(Tier::Host));
         prop_assert!(pinned == slots.len() || more && pinned > slots.len(), "{} pinned", pinned);
-        prop_assert!(usage.storage_pinned >= stored.len());
+        let least = stored.len().max(self.findable_pinned_in(Tier::Storage));
+        prop_assert!(usage.storage_pinned >= least);
         let on_host = self.found[&Tier::Host].len() + self.private_on_host.len();
         let used = usage.host_used;
         prop_assert!(used <= usage.host_capacity && (on_host..=on_host + pinned).contains(&used));
         let (in_storage, used) = (self.found[&Tier::Storage].len(), usage.storage_used);
         let most = in_storage + usage.storage_pinned;
         prop_assert!(used <= usage.storage_capacity && (in_storage..=most).contains(&used));
-        Ok(())
+        self.check_quotas()
     }
 
     /// Everything ends, and nothing stays in use.
     pub fn drain(&mut self) -> Check {
+        self.complete_all(0)?;
+        while let Some(&pin) = self.pins.keys().next() {
+            self.unpin(pin)?;
+        }
         self.complete_all(0)?;
         self.step(usize::MAX)?;
         let seqs: Vec<u64> = self.sequences.keys().copied().collect();

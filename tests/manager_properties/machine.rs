@@ -9,10 +9,14 @@
 //! - a refusal was due, and changed nothing;
 //! - every key that a step sees, and every state that one begins with, is the right one, when the step starts and
 //!   when it ends;
-//! - what a lower tier announces is what it holds.
+//! - what a lower tier announces is what it holds;
+//! - steps that run behind their loads have done nothing before these have come: no lookup finds their blocks, no
+//!   tier is offered them;
+//! - what is pinned stays findable in its tier, unless the step that wrote it fails; nobody is above his quota, and
+//!   every block of a lower tier counts for one tenant.
 
 use hybridkv::manager::{
-    BreakerConfig, Eviction, GroupConfig, HostConfig, ManagerConfig, Outcome, WritePolicy,
+    BreakerConfig, Eviction, GroupConfig, HostConfig, ManagerConfig, Outcome, Tier, WritePolicy,
 };
 use hybridkv::spec::GroupKind;
 use proptest::prelude::*;
@@ -90,6 +94,24 @@ impl World {
                     self.resume(seq)?;
                 }
             }
+            Op::Overlap { at } => {
+                let waiting: Vec<u64> = self
+                    .sequences
+                    .iter()
+                    .filter_map(|(&seq, sequence)| (!sequence.ready).then_some(seq))
+                    .collect();
+                let waiting = waiting.get(at % waiting.len().max(1)).copied();
+                if let Some(seq) = waiting.or(seq(at)) {
+                    self.overlap(seq)?;
+                }
+            }
+            Op::Pin { tier, prompt, keys } => self.pin(tier, &prompt, keys)?,
+            Op::Unpin { at } => {
+                if let Some(&id) = self.pins.keys().nth(at % self.pins.len().max(1)) {
+                    self.unpin(id)?;
+                }
+            }
+            Op::Limit { tier, salt, blocks } => self.limit(tier, salt, blocks)?,
             Op::Prioritize { at, priority } => {
                 if let Some(seq) = seq(at) {
                     self.prioritize(seq, priority)?;
@@ -166,6 +188,23 @@ enum Op {
     Resume {
         at: usize,
     },
+    /// Of one that waits for loads, if there is one.
+    Overlap {
+        at: usize,
+    },
+    Pin {
+        tier: Tier,
+        prompt: Vec<u32>,
+        keys: usize,
+    },
+    Unpin {
+        at: usize,
+    },
+    Limit {
+        tier: Tier,
+        salt: usize,
+        blocks: Option<u64>,
+    },
     Prioritize {
         at: usize,
         priority: u8,
@@ -187,6 +226,9 @@ fn op() -> impl Strategy<Value = Op> {
     let failures = || prop_oneof![3 => Just(0u8), 1 => any::<u8>()];
     let most = prop_oneof![2 => Just(usize::MAX), 1 => 1usize..9];
     let at = || 0usize..8;
+    let tier = prop::sample::select(vec![Tier::Device, Tier::Host, Tier::Storage]);
+    let lower = prop::sample::select(vec![Tier::Host, Tier::Storage]);
+    let blocks = prop::option::weighted(0.8, 1u64..20);
     prop_oneof![
         6 => (prompt(), keys()).prop_map(|(prompt, keys)| Op::Lookup { prompt, keys }),
         10 => (prompt(), keys(), budget, lookahead).prop_map(
@@ -213,6 +255,11 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(at, group, index)| Op::Forget { at, group, index }),
         3 => at().prop_map(|at| Op::Preempt { at }),
         5 => at().prop_map(|at| Op::Resume { at }),
+        6 => at().prop_map(|at| Op::Overlap { at }),
+        3 => (tier, prompt(), keys()).prop_map(|(tier, prompt, keys)| Op::Pin { tier, prompt, keys }),
+        3 => at().prop_map(|at| Op::Unpin { at }),
+        1 => (lower, 0usize..2, blocks)
+            .prop_map(|(tier, salt, blocks)| Op::Limit { tier, salt, blocks }),
         1 => (at(), 0u8..4).prop_map(|(at, priority)| Op::Prioritize { at, priority }),
         4 => (prompt(), keys()).prop_map(|(prompt, keys)| Op::Prefetch { prompt, keys }),
         2 => Just(Op::Tick),

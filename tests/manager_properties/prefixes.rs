@@ -11,8 +11,8 @@ pub type Node = u32;
 /// All prefixes seen so far, and the hashes that the manager gave them.
 #[derive(Default)]
 pub struct Prefixes {
-    /// Number of tokens and the prefix that is one token shorter, by node.
-    nodes: Vec<(usize, Node)>,
+    /// Number of tokens, the prefix that is one token shorter and the empty one, by node.
+    nodes: Vec<(usize, Node, Node)>,
     children: HashMap<(Node, u32), Node>,
     roots: HashMap<(String, String), Node>,
     by_hash: HashMap<BlockHash, Node>,
@@ -20,7 +20,7 @@ pub struct Prefixes {
 }
 
 impl Prefixes {
-    fn add(nodes: &mut Vec<(usize, Node)>, node: (usize, Node)) -> Node {
+    fn add(nodes: &mut Vec<(usize, Node, Node)>, node: (usize, Node, Node)) -> Node {
         nodes.push(node);
         nodes.len() as Node - 1
     }
@@ -28,12 +28,14 @@ impl Prefixes {
     /// The prefixes of 1, 2, ... tokens.
     pub fn path(&mut self, keys: ExtraKeys<'_>, tokens: &[u32]) -> Vec<Node> {
         let Self { nodes, children, roots, .. } = self;
-        let root = (keys.salt.to_owned(), keys.lora.to_owned());
-        let mut node = *roots.entry(root).or_insert_with(|| Self::add(nodes, (0, 0)));
+        let name = (keys.salt.to_owned(), keys.lora.to_owned());
+        let root = nodes.len() as Node;
+        let root = *roots.entry(name).or_insert_with(|| Self::add(nodes, (0, root, root)));
+        let mut node = root;
         let mut path = Vec::with_capacity(tokens.len());
         for &token in tokens {
             let depth = nodes[node as usize].0 + 1;
-            let add = || Self::add(nodes, (depth, node));
+            let add = || Self::add(nodes, (depth, node, root));
             node = *children.entry((node, token)).or_insert_with(add);
             path.push(node);
         }
@@ -65,6 +67,20 @@ impl Prefixes {
     /// Its tokens.
     pub fn len(&self, node: Node) -> usize {
         self.nodes[node as usize].0
+    }
+
+    /// Whether it was given under this salt.
+    pub fn is_of(&self, node: Node, salt: &str) -> bool {
+        let root = self.nodes[node as usize].2;
+        self.roots.iter().any(|((of, _), &named)| named == root && of == salt)
+    }
+
+    /// Whether it is, or begins with, another one.
+    pub fn begins_with(&self, mut node: Node, start: Node) -> bool {
+        while self.len(node) > self.len(start) {
+            node = self.parent(node);
+        }
+        node == start
     }
 
     /// The prefix that is one token shorter.

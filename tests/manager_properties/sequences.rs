@@ -6,8 +6,9 @@ use hybridkv::ErrorKind;
 use hybridkv::manager::{BlockId, ExtraKeys, Tier};
 use proptest::prelude::*;
 
+use super::prefixes::Node;
 use super::sees;
-use super::world::{Check, GARBAGE, KEYS, Read, Sequence, Snapshot, World, kv};
+use super::world::{Access, Check, GARBAGE, KEYS, Read, Sequence, Snapshot, World, kv};
 
 impl World {
     pub fn allocate(
@@ -71,6 +72,7 @@ impl World {
             computed: hit,
             settled: hit,
             ready: given.loads.is_empty(),
+            trial: None,
             repaired: false,
             swapped: false,
             resumed: 0,
@@ -103,7 +105,7 @@ impl World {
         let (keys, start) = (sequence.keys, sequence.tokens.len());
         let end = start + tokens.len();
         let all = [&sequence.tokens[..], tokens].concat();
-        let ready = sequence.ready;
+        let runs = sequence.runs();
         let before = self.snapshot();
         let writing = self.writing();
         let own: Vec<Vec<BlockId>> = self.groups().map(|g| self.table(seq, g).to_vec()).collect();
@@ -125,7 +127,7 @@ impl World {
             least += fresh + usize::from(shared);
             most += fresh + usize::from(tail.is_some());
         }
-        let fits = ready && end <= self.config.max_model_len as usize;
+        let fits = runs && end <= self.config.max_model_len as usize;
         let (sure, room) =
             (fits && most <= before.queue.len(), fits && least <= before.queue.len());
         let Ok(new_blocks) = self.m.append(seq, tokens) else {
@@ -192,9 +194,10 @@ impl World {
             );
             let waits =
                 self.groups().any(|g| self.table(seq, g).iter().any(|id| unwritten.contains(id)));
-            if !sequence.ready || waits {
+            if !sequence.runs() || waits {
                 end = start;
             }
+            let mut done: Vec<Access> = Vec::new();
             let mut reads: Vec<Read> = Vec::new();
             for g in self.groups().filter(|_| !sequence.swapped) {
                 let (size, table) = (self.size(g), self.m.table(seq, g).unwrap());
@@ -204,13 +207,13 @@ impl World {
                 if self.is_state(g) && start < end {
                     let step = self.m.state_step(seq, g, start, end).unwrap();
                     let begun = start.checked_sub(1).map(|last| kv(g, sequence.path[last]));
-                    let found = (step.source != 0).then(|| self.device[step.source as usize][0]);
-                    prop_assert_eq!(found, begun, "the state that it begins with");
+                    prop_assert_eq!(step.source != 0, begun.is_some(), "a state to begin with");
+                    done.extend(begun.map(|begun| Access::Reads((step.source, 0, begun))));
                     prop_assert_eq!(step.writes.last().map(|write| write.0), Some(end));
-                    for (tokens, block) in step.writes {
-                        self.device[block as usize] = GARBAGE;
-                        self.device[block as usize][0] = kv(g, sequence.path[tokens - 1]);
-                    }
+                    let states = step.writes.iter();
+                    done.extend(states.map(|&(tokens, block)| {
+                        Access::State(block, kv(g, sequence.path[tokens - 1]))
+                    }));
                     continue;
                 }
                 for i in start..end {
@@ -221,7 +224,7 @@ impl World {
                             && self.table(name, g).get(i / size) == Some(&id)
                     });
                     prop_assert!(id != 0 && !another, "a new token has a slot of its own");
-                    self.device[id as usize][i % size] = kv(g, sequence.path[i]);
+                    done.push(Access::Writes((id, i % size, kv(g, sequence.path[i]))));
                 }
                 let group = &self.config.groups[g];
                 for j in (0..end).filter(|&j| (start.max(j)..end).any(|i| sees(group, i, j))) {
@@ -232,11 +235,54 @@ impl World {
             if end == start {
                 continue;
             }
-            self.check_reads(&reads)?;
+            done.extend(reads.iter().copied().map(Access::Reads));
             let sequence = self.sequences.get_mut(&seq).unwrap();
             sequence.computed = end;
             sequence.steps.push_back((end, reads));
+            match &mut sequence.trial {
+                Some(trial) => trial.append(&mut done),
+                None => self.carry_out(done)?,
+            }
             self.advance(seq)?;
+        }
+        Ok(())
+    }
+
+    /// Does what a step does, or steps that have waited for loads.
+    pub fn carry_out(&mut self, done: Vec<Access>) -> Check {
+        for access in done {
+            match access {
+                Access::Reads(read) => self.check_reads(&[read])?,
+                Access::Writes((block, offset, kv)) => self.device[block as usize][offset] = kv,
+                Access::State(block, kv) => {
+                    self.device[block as usize] = GARBAGE;
+                    self.device[block as usize][0] = kv;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the steps of a sequence run behind its loads, when all of these have begun.
+    pub fn overlap(&mut self, seq: u64) -> Check {
+        let sequence = &self.sequences[&seq];
+        let before = self.snapshot();
+        let allowed = self.m.overlap(seq).is_ok();
+        prop_assert_eq!(&before, &self.snapshot());
+        let (mut begun, mut loading) = (true, 0);
+        for g in self.groups().filter(|_| !sequence.swapped) {
+            let flying = self.flying.iter().filter(|flight| {
+                flight.transfer.seq == Some(seq) && flight.transfer.group as usize == g
+            });
+            let waiting = self.m.loading(seq, g).unwrap();
+            loading += waiting;
+            begun &= flying.count() == waiting;
+        }
+        prop_assert_eq!(loading > 0, !sequence.ready && !sequence.swapped);
+        let inside = self.groups().any(|g| !sequence.computed.is_multiple_of(self.size(g)));
+        prop_assert_eq!(allowed, !sequence.swapped && begun && (loading == 0 || !inside));
+        if allowed && loading > 0 {
+            self.sequences.get_mut(&seq).unwrap().trial.get_or_insert_default();
         }
         Ok(())
     }
@@ -246,7 +292,9 @@ impl World {
         let Some(sequence) = self.sequences.get_mut(&seq) else { return Ok(()) };
         let Some((end, reads)) = sequence.steps.pop_front() else { return Ok(()) };
         sequence.settled = end;
-        self.check_reads(&reads)?;
+        if sequence.trial.is_none() {
+            self.check_reads(&reads)?;
+        }
         self.advance(seq)
     }
 
@@ -285,7 +333,7 @@ impl World {
     pub fn abort(&mut self, seq: u64) -> Check {
         let mut failed = vec![seq];
         while let Some(seq) = failed.pop() {
-            let Some(sequence) = self.sequences.remove(&seq) else { continue };
+            let Some(sequence) = self.sequences.get(&seq) else { continue };
             let done = sequence.settled.max(sequence.finished);
             for g in self.groups().filter(|_| !sequence.swapped) {
                 let (size, table) = (self.size(g), self.m.table(seq, g).unwrap());
@@ -298,11 +346,25 @@ impl World {
                     self.device[table[i / size] as usize][i % size] = 0;
                 }
             }
+            let settled = sequence.settled;
+            self.is_void(seq, settled);
+            let path = self.sequences.remove(&seq).unwrap().path;
             let writing = self.writing();
             let (taken, table) = (self.config.num_blocks as usize, self.table(seq, 0).len());
-            failed.extend(self.m.abort(seq).unwrap());
+            let dependents = self.m.abort(seq).unwrap();
+            self.count_on(&dependents, &path, settled)?;
+            failed.extend(dependents);
             // What it had not finished leaves the index, whatever of it there was.
             self.end_of_call(&writing, taken.max(table))?;
+        }
+        Ok(())
+    }
+
+    /// Whether all these count on a token of this path beyond the first `done`.
+    fn count_on(&self, dependents: &[u64], path: &[Node], done: usize) -> Check {
+        for seq in dependents {
+            let first = self.sequences.get(seq).and_then(|sequence| sequence.path.get(done));
+            prop_assert!(first.is_some() && first == path.get(done), "{} loses nothing", seq);
         }
         Ok(())
     }
@@ -310,7 +372,7 @@ impl World {
     /// Ends a sequence: it is freed, or aborted when some of its work was never submitted.
     pub fn end(&mut self, seq: u64) -> Check {
         let sequence = &self.sequences[&seq];
-        if sequence.ready && sequence.computed < sequence.tokens.len() {
+        if sequence.runs() && sequence.computed < sequence.tokens.len() {
             return self.abort(seq);
         }
         let writing = self.writing();
@@ -358,12 +420,15 @@ impl World {
 
     /// Cuts a sequence back to its first `n` tokens, once its steps have ended.
     pub fn cut(&mut self, seq: u64, n: usize, rollback: bool) -> Check {
-        let steps = std::mem::take(&mut self.sequences.get_mut(&seq).unwrap().steps);
-        for (_, reads) in steps {
-            self.check_reads(&reads)?;
-        }
         let sequence = self.sequences.get_mut(&seq).unwrap();
-        sequence.finished = sequence.computed;
+        if sequence.trial.is_none() {
+            sequence.finished = sequence.computed;
+            for (_, reads) in std::mem::take(&mut sequence.steps) {
+                self.check_reads(&reads)?;
+            }
+        }
+        self.is_void(seq, n);
+        let (path, computed) = (self.sequences[&seq].path.clone(), self.sequences[&seq].computed);
         let before = self.snapshot();
         let writing = self.writing();
         let cut = match rollback {
@@ -388,6 +453,7 @@ impl World {
         // What is cut off leaves the index, or not.
         let gone = self.config.num_blocks as usize;
         self.end_of_call(&writing, gone)?;
+        self.count_on(&cut.dependents, &path, computed)?;
         for seq in cut.dependents {
             self.abort(seq)?;
         }
@@ -402,6 +468,8 @@ impl World {
             sequence.settled = sequence.computed;
             self.advance(seq)?;
         }
+        let (path, computed) = (self.sequences[&seq].path.clone(), self.sequences[&seq].computed);
+        self.is_void(seq, computed);
         let before = self.snapshot();
         let writing = self.writing();
         let swapped = self.m.preempt(seq);
@@ -427,6 +495,7 @@ impl World {
         // What it had not computed leaves the index.
         self.end_of_call(&writing, self.config.num_blocks as usize)?;
         prop_assert_eq!(self.flying.len(), flying + given.offloads);
+        self.count_on(&given.dependents, &path, computed)?;
         for seq in given.dependents {
             self.abort(seq)?;
         }
@@ -499,6 +568,9 @@ impl World {
     pub fn forget(&mut self, seq: u64, g: usize, index: usize) -> Check {
         let swapped = self.sequences[&seq].swapped;
         let id = self.table(seq, g).get(index).copied().unwrap_or(0);
+        let end = (index + 1) * self.size(g);
+        let node = self.sequences[&seq].path.get(end - 1).filter(|_| id != 0);
+        self.void.extend(node.map(|&node| (Tier::Device, g, node)));
         let writing = self.writing();
         prop_assert_eq!(self.m.forget(seq, g, index).is_err(), swapped);
         if id != 0 {

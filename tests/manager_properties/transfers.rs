@@ -69,6 +69,12 @@ impl World {
                 // Freed before it was told.
                 let Some(sequence) = self.sequences.get_mut(&seq) else { return Ok(0) };
                 prop_assert!(!sequence.ready && valid_tokens <= sequence.computed);
+                if let Some(done) = sequence.trial.take() {
+                    prop_assert_eq!(valid_tokens, sequence.computed);
+                    sequence.ready = true;
+                    self.carry_out(done)?;
+                    return Ok(0);
+                }
                 sequence.repaired = valid_tokens < sequence.computed;
                 let again = sequence.computed - valid_tokens;
                 (sequence.computed, sequence.settled) = (valid_tokens, valid_tokens);
@@ -80,8 +86,9 @@ impl World {
                 Ok(self.config.groups.iter().map(|group| blocks(group.block_size)).sum())
             }
             Completion::Dropped { seq } | Completion::Void { seq } => {
+                let void = matches!(completion, Completion::Void { .. });
                 let known = self.sequences.remove(&seq);
-                prop_assert!(known.is_none_or(|sequence| !sequence.ready));
+                prop_assert!(known.is_none_or(|s| !s.ready && s.trial.is_some() == void));
                 Ok(0)
             }
         }
@@ -103,6 +110,15 @@ impl World {
         };
         let was_there = target.is_some_and(|(tier, node)| self.finds(&[tier], group, node));
         let written = *self.place(transfer.path.to());
+        if let (Outcome::Failed, Some(node)) = (outcome, node) {
+            // What a tier cannot give is gone from it.
+            let from = match transfer.path.direction() {
+                Direction::Onboard => Some(Tier::Host),
+                Direction::Fetch => Some(Tier::Storage),
+                Direction::Offload | Direction::Persist => None,
+            };
+            self.void.extend(from.map(|tier| (tier, group, node)));
+        }
         let completion = self.m.complete(transfer.id, outcome).unwrap();
         // What could not be written back leaves, as it was to.
         let failed = transfer.path.direction() == Direction::Offload && outcome == Outcome::Failed;

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::ops::Range;
 
 use hybridkv::manager::{
-    BlockHash, BlockId, Event, EventKind, ExtraKeys, Hit, Manager, ManagerConfig, Place, Stats,
-    Tier, Transfer, Usage, WritePolicy,
+    BlockHash, BlockId, Event, EventKind, ExtraKeys, Hit, Manager, ManagerConfig, PinId, Place,
+    Stats, Tier, Transfer, Usage, WritePolicy,
 };
 use hybridkv::spec::GroupKind;
 use proptest::prelude::*;
@@ -34,8 +34,20 @@ pub const KEYS: [ExtraKeys<'static>; 3] = [
     ExtraKeys { salt: "", lora: "a" },
 ];
 
+/// The tenants among them.
+pub const SALTS: [&str; 2] = ["", "a"];
+
 /// A key that a step sees: block, offset and what should be there.
 pub type Read = (BlockId, usize, Kv);
+
+/// What a step does that waits on the device for loads.
+#[derive(Clone)]
+pub enum Access {
+    Reads(Read),
+    Writes(Read),
+    /// The whole block.
+    State(BlockId, Kv),
+}
 
 #[derive(Clone)]
 pub struct Sequence {
@@ -49,6 +61,8 @@ pub struct Sequence {
     pub computed: usize,
     pub settled: usize,
     pub ready: bool,
+    /// Its steps run behind its loads: what they have done so far, which happens once all of these have come.
+    pub trial: Option<Vec<Access>>,
     /// A load failed: what it computes again is not findable at once.
     pub repaired: bool,
     /// Swapped out.
@@ -61,10 +75,27 @@ pub struct Sequence {
     pub steps: VecDeque<(usize, Vec<Read>)>,
 }
 
+impl Sequence {
+    /// Whether steps of it may be submitted.
+    pub fn runs(&self) -> bool {
+        self.ready || self.trial.is_some()
+    }
+}
+
 /// A transfer that has started, and what its source held then.
 pub struct Flight {
     pub transfer: Transfer,
     pub source: Content,
+}
+
+/// A pinned prefix.
+pub struct Pinned {
+    pub tier: Tier,
+    /// Blocks that it was given.
+    pub count: usize,
+    /// Those that have not been taken from it, by group and prefix; on the device all of them, by id.
+    pub blocks: Vec<(usize, Node)>,
+    pub ids: Vec<BlockId>,
 }
 
 /// What can be seen of a manager, counters of refusals apart.
@@ -102,6 +133,11 @@ pub struct World {
     pub private_on_host: HashSet<(usize, BlockHash)>,
     /// Blocks in use of which the index was told to forget.
     pub forgotten: HashSet<BlockId>,
+    pub pins: BTreeMap<PinId, Pinned>,
+    /// Blocks that may become unfindable though they are pinned: of failed steps, of failed transfers.
+    pub void: Named,
+    /// By lower tier and salt: most blocks that it may have, and those it had when this was last checked.
+    pub quotas: HashMap<(Tier, &'static str), (usize, usize)>,
     /// The name that is prefetched for.
     pub prefetched: Option<u64>,
     pub next: u64,
@@ -114,6 +150,12 @@ impl World {
         let slots = config.host.map_or(0, |host| host.num_slots);
         let mut m = Manager::new(config.clone()).unwrap();
         m.record_events(true);
+        // Without a limit, so that all blocks count for somebody.
+        let lower = [Tier::Host, Tier::Storage].into_iter();
+        let tenants = lower.flat_map(|tier| SALTS.map(|salt| (tier, salt)));
+        for (tier, salt) in tenants.clone() {
+            m.set_quota(tier, salt, None).unwrap();
+        }
         let longest = LONGEST_PROMPT.max(config.max_model_len as usize);
         let lengths = 0..longest + 2 * alignment(&config.groups);
         let needed_by =
@@ -135,6 +177,9 @@ impl World {
             private: HashSet::new(),
             private_on_host: HashSet::new(),
             forgotten: HashSet::new(),
+            pins: BTreeMap::new(),
+            void: HashSet::new(),
+            quotas: tenants.map(|tenant| (tenant, (usize::MAX, 0))).collect(),
             prefetched: None,
             next: 0,
             turns: 0,
@@ -230,6 +275,7 @@ impl World {
             if kind == EventKind::Cleared {
                 self.found.get_mut(&tier).unwrap().retain(|&(of, _), _| of != g);
                 self.private_on_host.retain(|&(of, _)| tier != Tier::Host || of != g);
+                self.empty_pins(tier);
             }
             prop_assert_eq!(hashes.len(), indices.len());
             for (hash, &index) in hashes.iter().zip(&indices) {
@@ -254,6 +300,7 @@ impl World {
                     continue;
                 }
                 lost += usize::from(tier == Tier::Device);
+                let last = *copies <= 1;
                 match copies {
                     0 => prop_assert!(writing.contains(&(tier, g, node)), "removed and not there"),
                     _ => *copies -= 1,
@@ -261,9 +308,36 @@ impl World {
                 if *copies == 0 {
                     mirror.remove(&(g, node));
                 }
+                self.unfindable(tier, g, node, last)?;
             }
         }
+        self.void.clear();
         Ok(lost)
+    }
+
+    /// A copy of a block leaves the index, maybe the `last` one. The one that a pin holds does for no other reason
+    /// than that it is void.
+    fn unfindable(&mut self, tier: Tier, g: usize, node: Node, last: bool) -> Check {
+        let is_void = self.void.contains(&(tier, g, node));
+        for pin in self.pins.values_mut().filter(|pin| pin.tier == tier) {
+            let held = pin.blocks.iter().position(|&block| block == (g, node));
+            if let Some(at) = held.filter(|_| is_void || last) {
+                prop_assert!(is_void, "a pinned block has left");
+                pin.blocks.swap_remove(at);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whatever begins like a sequence and goes on beyond its first `tokens` may become unfindable.
+    pub fn is_void(&mut self, seq: u64, tokens: usize) {
+        let Self { sequences, pins, prefixes, void, .. } = self;
+        let Some(&first) = sequences[&seq].path.get(tokens) else { return };
+        for &(g, node) in pins.values().flat_map(|pin| &pin.blocks) {
+            if prefixes.begins_with(node, first) {
+                void.extend([(Tier::Device, g, node), (Tier::Host, g, node)]);
+            }
+        }
     }
 
     /// The longest hit that the mirror can serve: every length, every block with a token that is seen.
