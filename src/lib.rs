@@ -4,6 +4,7 @@
 //! Layers, each using only those below it:
 //! - [`manager`]: pure state machine: what lives where, what must move;
 //! - [`engine`]: executes the manager's transfers on a real device;
+//! - [`movement`]: which path blocks take between memories, and the calls for it;
 //! - [`ops`]: one launcher per kernel;
 //! - [`device`]: memory, streams, events, launches, on a GPU or on the CPU.
 
@@ -18,6 +19,7 @@ pub mod error;
 mod ffi;
 pub mod layout;
 pub mod manager;
+pub mod movement;
 pub mod ops;
 pub mod plan;
 pub mod reference;

@@ -17,7 +17,7 @@ use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
-use super::{Backend, CopyRegion, DeviceInfo, DeviceKind, Task};
+use super::{Backend, CopyBatch, CopyRegion, DeviceInfo, DeviceKind, PitchedCopy, Task};
 use crate::error::{Error, ErrorKind, Result};
 
 const DEVICE_ALIGN: usize = 256;
@@ -424,6 +424,22 @@ unsafe impl Backend for CpuDevice {
             unsafe { std::ptr::copy_nonoverlapping(src as *const u8, dst as *mut u8, bytes) }
         };
         self.push(&mut self.state(), stream, Item::Run(Box::new(task)))
+    }
+
+    unsafe fn copy_batch(&self, batch: &CopyBatch<'_>, stream: *mut c_void) -> Result<()> {
+        batch.iter().try_for_each(|(src, dst, bytes)| {
+            // SAFETY: the caller's promise.
+            unsafe { self.copy(CopyRegion { src, dst, bytes }, stream) }
+        })
+    }
+
+    unsafe fn copy_pitched(&self, copy: &PitchedCopy, stream: *mut c_void) -> Result<()> {
+        (0..copy.rows).try_for_each(|row| {
+            let src = copy.src + (row * copy.src_pitch) as u64;
+            let dst = copy.dst + (row * copy.dst_pitch) as u64;
+            // SAFETY: the caller's promise.
+            unsafe { self.copy(CopyRegion { src, dst, bytes: copy.row_bytes }, stream) }
+        })
     }
 
     unsafe fn fill(&self, address: u64, byte: u8, bytes: usize, stream: *mut c_void) -> Result<()> {

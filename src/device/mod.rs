@@ -58,6 +58,53 @@ pub struct CopyRegion {
     pub bytes: usize,
 }
 
+/// Fragments that are copied in any order: `sizes[i]` bytes from `srcs[i]` to `dsts[i]`. The slices are equally long,
+/// and no fragment crosses one of [`Device::pinned_edges`].
+#[derive(Debug, Clone, Copy)]
+pub struct CopyBatch<'a> {
+    /// Source addresses.
+    pub srcs: &'a [u64],
+    /// Destination addresses.
+    pub dsts: &'a [u64],
+    /// Bytes.
+    pub sizes: &'a [usize],
+}
+
+impl CopyBatch<'_> {
+    /// How many fragments there are.
+    pub fn len(&self) -> usize {
+        self.sizes.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.sizes.is_empty()
+    }
+
+    /// Source, destination and size of every fragment.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, u64, usize)> + '_ {
+        let places = self.srcs.iter().zip(self.dsts);
+        places.zip(self.sizes).map(|((&src, &dst), &bytes)| (src, dst, bytes))
+    }
+}
+
+/// Rows at a fixed distance on each side; neither side crosses one of [`Device::pinned_edges`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PitchedCopy {
+    /// Address of the first row at the source.
+    pub src: u64,
+    /// Address of the first row at the destination.
+    pub dst: u64,
+    /// Bytes of a row.
+    pub row_bytes: usize,
+    /// How many rows.
+    pub rows: usize,
+    /// Bytes from one row to the next at the source: `row_bytes` or more, below 2^31.
+    pub src_pitch: usize,
+    /// The same at the destination.
+    pub dst_pitch: usize,
+}
+
 /// A kernel of the CPU device: what it does once its stream gets to it.
 pub type Task = Box<dyn FnOnce() + Send>;
 
@@ -136,6 +183,16 @@ pub unsafe trait Backend: Send + Sync {
     /// The ranges do not overlap. Until the stream has passed the copy both are valid, nothing writes
     /// the source, and nothing reads or writes the destination.
     unsafe fn copy(&self, region: CopyRegion, stream: *mut c_void) -> Result<()>;
+    /// Copies many fragments in stream order, by one call where the driver has such a call.
+    ///
+    /// # Safety
+    /// As for [`Backend::copy`], for every fragment; the destinations overlap nothing else of the batch.
+    unsafe fn copy_batch(&self, batch: &CopyBatch<'_>, stream: *mut c_void) -> Result<()>;
+    /// Copies rows in stream order by one call.
+    ///
+    /// # Safety
+    /// As for [`Backend::copy`], for every row.
+    unsafe fn copy_pitched(&self, copy: &PitchedCopy, stream: *mut c_void) -> Result<()>;
     /// Fills device or pinned memory with a byte, in stream order.
     ///
     /// # Safety
@@ -494,6 +551,34 @@ impl<'a> StreamRef<'a> {
         }
         // SAFETY: passed on from the caller.
         unsafe { self.device.backend.copy(CopyRegion { src, dst, bytes }, self.raw) }
+    }
+
+    /// Copies many fragments in stream order.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for slices of unequal lengths; the driver's own.
+    ///
+    /// # Safety
+    /// As for [`Self::copy`], for every fragment; the destinations overlap nothing else of the batch.
+    pub unsafe fn copy_batch(&self, batch: &CopyBatch<'_>) -> Result<()> {
+        let lengths = [batch.srcs.len(), batch.dsts.len(), batch.sizes.len()];
+        if lengths != [batch.len(); 3] {
+            return Err(Error::invalid(
+                "copy_batch",
+                format!("{lengths:?} sources, destinations and sizes: as many of each are needed"),
+            ));
+        }
+        // SAFETY: passed on from the caller.
+        unsafe { self.device.backend.copy_batch(batch, self.raw) }
+    }
+
+    /// Copies rows at a fixed distance, in stream order.
+    ///
+    /// # Safety
+    /// As for [`Self::copy`], for every row.
+    pub unsafe fn copy_pitched(&self, copy: &PitchedCopy) -> Result<()> {
+        // SAFETY: passed on from the caller.
+        unsafe { self.device.backend.copy_pitched(copy, self.raw) }
     }
 
     /// Fills `bytes` bytes from `address` on with `byte`, in stream order.

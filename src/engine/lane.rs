@@ -11,10 +11,10 @@ use crate::abi::hkv_copy;
 use crate::device::{Device, Event, PinnedBuffer, Span, Stream, StreamRef};
 use crate::error::Result;
 use crate::manager::{Direction, Outcome, SeqId, TransferId};
-use crate::ops::Kernels;
+use crate::movement::{LinkModel, Mover, Traffic, Way};
+use crate::ops::{Kernels, MoveShape};
 
 use super::fault::{FaultKind, Faults};
-use super::mover::{Mover, Traffic};
 use super::parts::Parts;
 
 /// Batches in flight per lane.
@@ -118,7 +118,11 @@ pub(super) struct Lane {
 }
 
 impl Lane {
-    pub fn new(kernels: &Arc<Kernels>, direction: Direction) -> Result<Self> {
+    pub fn new(
+        kernels: &Arc<Kernels>,
+        model: &Arc<LinkModel>,
+        direction: Direction,
+    ) -> Result<Self> {
         let device = kernels.device();
         let batch = || -> Result<Batch> {
             Ok(Batch {
@@ -137,7 +141,7 @@ impl Lane {
         Ok(Self {
             direction,
             stream: device.stream()?,
-            mover: Mover::new(kernels),
+            mover: Mover::new(kernels, model, DESCRIPTORS),
             ring: (0..BATCHES).map(|_| batch()).collect::<Result<_>>()?,
             head: 0,
             in_flight: 0,
@@ -229,7 +233,11 @@ impl Lane {
         let name = self.retired + self.in_flight as u64;
         let at = (self.head + self.in_flight) % BATCHES;
         let Self { direction, stream, mover, ring, last, .. } = self;
-        let traffic = Traffic { direction: *direction, both_ways };
+        let way = match *direction {
+            Direction::Offload => Way::DeviceToHost,
+            _ => Way::HostToDevice,
+        };
+        let traffic = Traffic { way, both_ways };
         let (stream, batch) = (stream.as_ref(), &mut ring[at]);
         batch.reserve(moves.len() * run.parts.len(), run.parts.len(), stream.device())?;
 
@@ -260,11 +268,11 @@ impl Lane {
             }
             let entry = size_of::<hkv_copy>();
             let copies = Span::new((first + start * entry) as u64, ((end - start) * entry) as u64);
-            let num_copies = (end - start) as u64;
-            // SAFETY: the descriptors stay as they are until the batch has ended. Every source and target is
+            let (num_copies, shape) = (end - start, &MoveShape::FRAGMENTS);
+            // SAFETY: nobody else uses the descriptors until the batch has ended. Every source and target is
             // inside of a block or slot in the engine's memory, ordered behind the compute stream, and
             // reserved by the manager until the transfer is reported as ended; parts do not overlap.
-            unsafe { mover.submit(copies, num_copies, traffic, stream)? };
+            unsafe { mover.submit(copies, num_copies, shape, traffic, stream)? };
             if part + 1 < run.parts.end {
                 stream.record(&batch.parts[part - run.parts.start])?;
             }

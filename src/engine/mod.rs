@@ -20,7 +20,6 @@ mod copies;
 mod fault;
 mod fences;
 mod lane;
-mod mover;
 mod parts;
 mod schedule;
 mod storage;
@@ -45,6 +44,7 @@ use crate::layout::KvView;
 use crate::manager::{
     BlockCopy, Direction, HostSlot, Outcome, Path, Place, SeqId, Transfer, TransferId,
 };
+use crate::movement::LinkModel;
 use crate::ops::Kernels;
 use crate::spec::{GroupPlan, LayerGroup};
 use config::{addressable, slot_bytes};
@@ -120,12 +120,13 @@ impl Engine {
     ) -> Result<Self> {
         let device = kernels.device();
         let pool = device.alloc(addressable(config.device_bytes(), "device")?)?;
+        let model = Arc::new(LinkModel::calibrate(&kernels)?);
         let whole = || Parts::whole(config.block_bytes as u64);
         Ok(Self {
             storage: None,
             load_parts: whole(),
-            offload: Stores::new(&kernels, whole())?,
-            onboard: Lane::new(&kernels, Direction::Onboard)?,
+            offload: Stores::new(&kernels, &model, whole())?,
+            onboard: Lane::new(&kernels, &model, Direction::Onboard)?,
             copies: Copies::new(device)?,
             fences: Fences::new(device),
             faults: Faults::default(),

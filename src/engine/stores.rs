@@ -15,6 +15,7 @@ use super::parts::Parts;
 use super::schedule::{Demand, Nanos, Pacing, Schedule, StepTime};
 use crate::error::Result;
 use crate::manager::{Direction, Outcome, TransferId};
+use crate::movement::LinkModel;
 use crate::ops::Kernels;
 
 /// Fragments of a chunk at most: small blocks fill a chunk's bytes late.
@@ -98,9 +99,9 @@ pub(super) struct Stores {
 }
 
 impl Stores {
-    pub fn new(kernels: &Arc<Kernels>, parts: Parts) -> Result<Self> {
+    pub fn new(kernels: &Arc<Kernels>, model: &Arc<LinkModel>, parts: Parts) -> Result<Self> {
         Ok(Self {
-            lane: Lane::new(kernels, Direction::Offload)?,
+            lane: Lane::new(kernels, model, Direction::Offload)?,
             parts: Arc::new(parts),
             queue: Queue::default(),
             schedule: Schedule::new(Pacing::default()),

@@ -25,6 +25,7 @@ pub use checks::{
     AttentionTables, check_attention_tables, check_copies, check_slots, check_window,
 };
 pub use merge::MergeArgs;
+pub(crate) use movement::MAX_MOVE_DIMS;
 pub use movement::{CtaQuota, MoveArgs, MoveDim, MoveShape};
 pub use plan::{Plan, PlanArgs, check_work_list};
 pub(crate) use split::WorkList;

@@ -11,7 +11,7 @@ const OP: &str = "move_blocks";
 /// Threads per CTA, and most descriptors per tile, as in kernels/move_blocks.cu.
 const THREADS: u32 = 448;
 /// Most dimensions of a [`MoveShape`].
-pub(crate) const MAX_DIMS: usize = HKV_MOVE_DIMS as usize;
+pub(crate) const MAX_MOVE_DIMS: usize = HKV_MOVE_DIMS as usize;
 /// Most descriptors of one launch: tiles are counted in 31 bits.
 const MAX_COPIES: u64 = 1 << 30;
 /// Share of the quota that a tiling has to keep busy for smaller tiles to be tried no more.
@@ -66,7 +66,7 @@ pub struct MoveDim {
 /// dimensions. The shape is that of all descriptors of a move, their sizes may differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MoveShape {
-    dims: [MoveDim; MAX_DIMS],
+    dims: [MoveDim; MAX_MOVE_DIMS],
     num_dims: u32,
     /// Byte offsets of the steps along the first dimension, where they are no multiples of a stride.
     src_offsets: Span,
@@ -76,7 +76,7 @@ pub struct MoveShape {
 impl MoveShape {
     /// Every descriptor is one fragment.
     pub const FRAGMENTS: Self = Self {
-        dims: [MoveDim { count: 0, src_stride: 0, dst_stride: 0 }; MAX_DIMS],
+        dims: [MoveDim { count: 0, src_stride: 0, dst_stride: 0 }; MAX_MOVE_DIMS],
         num_dims: 0,
         src_offsets: Span::new(0, 0),
         dst_offsets: Span::new(0, 0),
@@ -90,7 +90,7 @@ impl MoveShape {
     pub fn blocks(dims: &[MoveDim]) -> Result<Self> {
         let mut shape = Self::FRAGMENTS;
         let Some(to) = shape.dims.get_mut(..dims.len()) else {
-            let supported = format!("at most {MAX_DIMS}");
+            let supported = format!("at most {MAX_MOVE_DIMS}");
             return Err(Error::unsupported(OP, "dimensions of a block:", dims.len(), supported));
         };
         to.copy_from_slice(dims);

@@ -55,6 +55,48 @@ impl From<Failure> for Error {
 
 type ErrorText = unsafe extern "C" fn(c_uint, *mut *const c_char) -> c_uint;
 
+/// `cuMemcpyBatchAsync`, of CUDA 12.8 and up, whose arguments have changed since.
+#[derive(Clone, Copy)]
+pub(super) enum BatchCopy {
+    Cuda12(
+        unsafe extern "C" fn(
+            *mut u64,
+            *mut u64,
+            *mut usize,
+            usize,
+            *mut sys::CUmemcpyAttributes,
+            *mut usize,
+            usize,
+            *mut usize,
+            sys::CUstream,
+        ) -> c_uint,
+    ),
+    Cuda13(
+        unsafe extern "C" fn(
+            *mut u64,
+            *mut u64,
+            *mut usize,
+            usize,
+            *mut sys::CUmemcpyAttributes,
+            *mut usize,
+            usize,
+            sys::CUstream,
+        ) -> c_uint,
+    ),
+}
+
+impl BatchCopy {
+    /// # Safety
+    /// libcuda is present.
+    unsafe fn resolve() -> Option<Self> {
+        // SAFETY: libcuda is present; the signatures are those of cuda.h for these names.
+        unsafe {
+            let newer = symbol("cuMemcpyBatchAsync_v2").map(Self::Cuda13);
+            newer.or_else(|_| symbol("cuMemcpyBatchAsync").map(Self::Cuda12)).ok()
+        }
+    }
+}
+
 /// Declares the driver functions that the crate uses: a field with the resolved address, and a method
 /// that calls it and names it in the failure.
 macro_rules! driver_api {
@@ -62,6 +104,8 @@ macro_rules! driver_api {
         pub(super) struct Driver {
             error_name: ErrorText,
             error_string: ErrorText,
+            /// Where the driver has it.
+            pub memcpy_batch: Option<BatchCopy>,
             $($method: unsafe extern "C" fn($($type),*) -> c_uint,)*
         }
 
@@ -72,6 +116,7 @@ macro_rules! driver_api {
                     Ok(Self {
                         error_name: symbol("cuGetErrorName")?,
                         error_string: symbol("cuGetErrorString")?,
+                        memcpy_batch: BatchCopy::resolve(),
                         $($method: symbol(stringify!($symbol))?,)*
                     })
                 }
@@ -119,6 +164,7 @@ driver_api! {
     mem_host_get_device_pointer =
         cuMemHostGetDevicePointer_v2(address: *mut u64, pointer: *mut c_void, flags: c_uint);
     memcpy_async = cuMemcpyAsync(dst: u64, src: u64, bytes: usize, stream: sys::CUstream);
+    memcpy_2d_async = cuMemcpy2DAsync_v2(copy: *const sys::CUDA_MEMCPY2D, stream: sys::CUstream);
     memset_d8_async = cuMemsetD8Async(dst: u64, byte: u8, bytes: usize, stream: sys::CUstream);
     stream_create = cuStreamCreate(stream: *mut sys::CUstream, flags: c_uint);
     stream_destroy = cuStreamDestroy_v2(stream: sys::CUstream);

@@ -4,6 +4,7 @@
 //! so that foreign pointers and streams mean the same thing here. Functions that need a current context
 //! make it current for the duration of the call and leave the calling thread as they found it.
 
+mod copies;
 mod driver;
 mod graph;
 mod launch;
@@ -23,7 +24,7 @@ pub use launch::LaunchConfig;
 pub(crate) use launch::launch;
 pub(crate) use module::{Function, Library};
 
-use super::{Backend, CopyRegion, DeviceInfo, DeviceKind, Task, numa};
+use super::{Backend, CopyBatch, CopyRegion, DeviceInfo, DeviceKind, PitchedCopy, Task, numa};
 use crate::error::{Error, ErrorKind, Result};
 use driver::{Driver, Failure};
 
@@ -313,6 +314,16 @@ unsafe impl Backend for CudaDevice {
             bytes -= part;
         }
         Ok(())
+    }
+
+    unsafe fn copy_batch(&self, batch: &CopyBatch<'_>, stream: *mut c_void) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.copy_many(batch, stream) }
+    }
+
+    unsafe fn copy_pitched(&self, copy: &PitchedCopy, stream: *mut c_void) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.copy_rows(copy, stream) }
     }
 
     unsafe fn fill(&self, address: u64, byte: u8, bytes: usize, stream: *mut c_void) -> Result<()> {
