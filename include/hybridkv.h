@@ -29,7 +29,7 @@ extern "C" {
 #endif
 
 // Changes when a struct or a function here changes. Compare with hkv_abi_version().
-#define HKV_ABI_VERSION 4u
+#define HKV_ABI_VERSION 5u
 
 // What a call came to.
 typedef enum hkv_status {
@@ -435,12 +435,15 @@ typedef struct hkv_step_args {
 //    "block_size": 16, "num_blocks": 4096, "max_model_len": 32768, "in_flight_tokens": 8192,
 //    "prefix_caching": true, "eviction": "reuse", "identity": "model, revision, dtype, layout",
 //    "retention": {"interval": 0, "slack": null, "dense_chunks": false, "ends": true},
-//    "host": {"num_slots": 8192, "write": "through", "uses": 2, "eviction": "lru"},
-//    "storage": {"num_slots": 65536, "eviction": "lru"}}
+//    "host": {"num_slots": 8192, "write": "through", "uses": 2, "eviction": "lru",
+//      "load_back_threshold": 0},
+//    "storage": {"num_slots": 65536, "eviction": "lru", "prefetch_threshold": 256, "prefetch":
+//      {"policy": "timeout", "base_ns": 1000000000, "per_1024_tokens_ns": 250000000}}}
 // groups, num_blocks and max_model_len are required; the others are shown with what they are
 // without them, but that there is no host and no storage, and that a group has the block_size of
 // all. An interval of null keeps all tails, a slack of null goes by the kind of the group, a number
-// is of alignment units. write is through, selective (once "uses" sequences had a block) or back.
+// is of alignment units. write is through, selective (once "uses" sequences had a block) or back. A
+// prefetch policy is timeout, best_effort (no time) or wait_complete.
 hkv_status hkv_manager_create(const char* config, hkv_manager** manager);
 
 // Gives up a manager. NULL is ignored.
@@ -483,6 +486,61 @@ hkv_status hkv_manager_free(hkv_manager* manager, uint64_t seq);
 hkv_status hkv_manager_abort(hkv_manager* manager, uint64_t seq, uint64_t* dependents,
                              uint64_t max_dependents, uint64_t* num_dependents);
 
+// Makes room in the manager's own memory for a sequence to grow to so many tokens: no call for it
+// up to there allocates any. No block is taken.
+hkv_status hkv_manager_reserve(hkv_manager* manager, uint64_t seq, uint64_t tokens);
+
+// Begins the sequence child with the computed tokens of parent, and gives their number: blocks are
+// shared, and whoever goes on first inside of one gets a copy of it.
+hkv_status hkv_manager_fork(hkv_manager* manager, uint64_t parent, uint64_t child,
+                            uint64_t* tokens);
+
+// Cut a sequence back to its first tokens tokens. After _trim what was computed of the others, by
+// steps that have ended, stays findable; after _rollback it is as if these (rejected drafts) had
+// never been given. dependents as for hkv_manager_abort.
+hkv_status hkv_manager_trim(hkv_manager* manager, uint64_t seq, uint64_t tokens,
+                            uint64_t* dependents, uint64_t max_dependents,
+                            uint64_t* num_dependents);
+hkv_status hkv_manager_rollback(hkv_manager* manager, uint64_t seq, uint64_t tokens,
+                                uint64_t* dependents, uint64_t max_dependents,
+                                uint64_t* num_dependents);
+
+// What a preemption keeps.
+typedef struct hkv_preemption {
+  uint64_t tokens;    // the computed ones; the others are to be appended again
+  uint64_t offloads;  // transfers that it takes; its blocks are free once these have ended
+} hkv_preemption;
+
+// Swaps a sequence without steps in flight out to the host, all or nothing. It keeps its name, to
+// be resumed, freed or aborted. HKV_NO_BLOCKS when the host has no room for it. dependents as for
+// hkv_manager_abort.
+hkv_status hkv_manager_preempt(hkv_manager* manager, uint64_t seq, hkv_preemption* preemption,
+                               uint64_t* dependents, uint64_t max_dependents,
+                               uint64_t* num_dependents);
+
+// Swaps it in again: its loads are those of an allocation. HKV_NOT_READY while it is being stored.
+hkv_status hkv_manager_resume(hkv_manager* manager, uint64_t seq, hkv_allocation* allocation);
+
+// What a prefetch does.
+typedef struct hkv_prefetch {
+  uint64_t hit_tokens;  // tokens of the prompt that hit once all has arrived
+  uint64_t blocks;      // that are fetched for it; 0: none was begun
+} hkv_prefetch;
+
+// Begins to fetch what storage holds of a prompt to the host, for a sequence of this name that
+// still waits: hkv_manager_allocate gives it what has arrived by then. now as for hkv_manager_tick.
+hkv_status hkv_manager_prefetch(hkv_manager* manager, uint64_t seq, const uint32_t* tokens,
+                                uint64_t num_tokens, const char* salt, const char* lora,
+                                uint64_t now, hkv_prefetch* prefetch);
+
+// Says what time it is, and writes the sequences [max] whose prefetch has arrived or has had its
+// time, each once; ask again while num is max.
+hkv_status hkv_manager_poll_prefetch(hkv_manager* manager, uint64_t now, uint64_t* seqs,
+                                     uint64_t max, uint64_t* num);
+
+// Ends a prefetch whose request has gone; no change when there is none.
+hkv_status hkv_manager_cancel_prefetch(hkv_manager* manager, uint64_t seq);
+
 // The next copies and transfers to start, up to so many; num is 0 when there are none. All copies
 // are to be taken before transfers are given out.
 hkv_status hkv_manager_copies(hkv_manager* manager, hkv_block_copy* copies, uint64_t max,
@@ -522,6 +580,14 @@ hkv_status hkv_manager_tick(hkv_manager* manager, uint64_t now);
 // Starts (on: 1) or stops the recording of events; takes the oldest, up to so many.
 hkv_status hkv_manager_record_events(hkv_manager* manager, uint32_t on);
 hkv_status hkv_manager_events(hkv_manager* manager, hkv_event* events, uint64_t max, uint64_t* num);
+
+// All counters ("stats"), how full the tiers are ("usage") and the bytes of what is kept per block
+// and sequence ("metadata") as a JSON object, and the same counters as Prometheus text. size tells
+// the bytes with the terminating zero; the text is written when max bytes are enough for it,
+// nothing otherwise, and text may be NULL with a max of 0.
+hkv_status hkv_manager_stats(const hkv_manager* manager, char* text, uint64_t max, uint64_t* size);
+hkv_status hkv_manager_prometheus(const hkv_manager* manager, char* text, uint64_t max,
+                                  uint64_t* size);
 
 #ifdef __cplusplus
 }

@@ -30,7 +30,7 @@ from ctypes import (
     sizeof,
 )
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 BF16, F16, F32, E4M3 = 0, 1, 2, 3
 FULL, SLIDING, CHUNKED = 0, 1, 2
 OFFLOAD, ONBOARD, PERSIST, FETCH = 0, 1, 2, 3
@@ -180,6 +180,18 @@ class Pin(Structure):
     """A handle, and the tokens and blocks that it keeps in their tier."""
 
     _fields_ = [("id", c_uint64), ("tokens", c_uint64), ("blocks", c_uint64)]
+
+
+class Preemption(Structure):
+    """What a preempted sequence keeps, and the transfers that it takes."""
+
+    _fields_ = [("tokens", c_uint64), ("offloads", c_uint64)]
+
+
+class Prefetch(Structure):
+    """Tokens that hit once all has arrived, and the blocks that are fetched."""
+
+    _fields_ = [("hit_tokens", c_uint64), ("blocks", c_uint64)]
 
 
 class Completion(Structure):
@@ -523,9 +535,53 @@ class Manager:
 
     def abort(self, seq, room=1024):
         """Ends a sequence whose step failed; gives up to `room` others that are to be aborted, too."""
-        others, count = (c_uint64 * room)(), c_uint64()
-        _call("hkv_manager_abort", self._handle, c_uint64(seq), others, c_uint64(room), byref(count))
-        return others[:min(count.value, room)]
+        return self._naming(room, "hkv_manager_abort", c_uint64(seq))
+
+    def reserve(self, seq, tokens):
+        """Makes room in the manager's own memory for a sequence to grow to so many tokens."""
+        _call("hkv_manager_reserve", self._handle, c_uint64(seq), c_uint64(tokens))
+
+    def fork(self, parent, child):
+        """Begins a sequence with the computed tokens of another one; gives their number."""
+        tokens = c_uint64()
+        _call("hkv_manager_fork", self._handle, c_uint64(parent), c_uint64(child), byref(tokens))
+        return tokens.value
+
+    def trim(self, seq, tokens, room=1024):
+        """Cuts a sequence back; what was computed stays findable. Gives those that are to be aborted, as `abort`."""
+        return self._naming(room, "hkv_manager_trim", c_uint64(seq), c_uint64(tokens))
+
+    def rollback(self, seq, tokens, room=1024):
+        """Cuts a sequence back as if the tokens (rejected drafts) had never been given; otherwise as `trim`."""
+        return self._naming(room, "hkv_manager_rollback", c_uint64(seq), c_uint64(tokens))
+
+    def preempt(self, seq, room=1024):
+        """Swaps a sequence out to the host. Gives what it keeps, and those that are to be aborted."""
+        kept = Preemption()
+        return kept, self._naming(room, "hkv_manager_preempt", c_uint64(seq), byref(kept))
+
+    def resume(self, seq):
+        """Swaps a sequence in again."""
+        given = Allocation()
+        _call("hkv_manager_resume", self._handle, c_uint64(seq), byref(given))
+        return given
+
+    def prefetch(self, seq, tokens, now, salt="", lora=""):
+        """Begins to fetch what storage holds of a prompt, for a sequence to come."""
+        begun = Prefetch()
+        _call(
+            "hkv_manager_prefetch", self._handle, c_uint64(seq), *_tokens(tokens), salt.encode(), lora.encode(),
+            c_uint64(now), byref(begun),
+        )
+        return begun
+
+    def poll_prefetch(self, now):
+        """The sequences whose prefetch has arrived or has had its time, each once."""
+        return self._drain("hkv_manager_poll_prefetch", c_uint64, before=[c_uint64(now)])
+
+    def cancel_prefetch(self, seq):
+        """Ends a prefetch whose request has gone."""
+        _call("hkv_manager_cancel_prefetch", self._handle, c_uint64(seq))
 
     def copies(self):
         """The copies to start, which go before all transfers."""
@@ -581,11 +637,31 @@ class Manager:
         """Events since the last call, oldest first."""
         return self._drain("hkv_manager_events", Event)
 
-    def _drain(self, name, kind, at_once=256):
+    def stats(self):
+        """Counters, how full the tiers are, and the manager's own memory: a dictionary."""
+        return json.loads(self._text("hkv_manager_stats"))
+
+    def prometheus(self):
+        """The counters as Prometheus text."""
+        return self._text("hkv_manager_prometheus")
+
+    def _text(self, name):
+        size = c_uint64()
+        _call(name, self._handle, None, c_uint64(0), byref(size))
+        text = ctypes.create_string_buffer(size.value)
+        _call(name, self._handle, text, size, byref(size))
+        return text.value.decode()
+
+    def _naming(self, room, name, *arguments):
+        others, count = (c_uint64 * room)(), c_uint64()
+        _call(name, self._handle, *arguments, others, c_uint64(room), byref(count))
+        return others[:min(count.value, room)]
+
+    def _drain(self, name, kind, before=(), at_once=256):
         items, room, count = [], kind * at_once, c_uint64(1)
         while count.value:
             some = room()
-            _call(name, self._handle, some, c_uint64(at_once), byref(count))
+            _call(name, self._handle, *before, some, c_uint64(at_once), byref(count))
             items += some[:count.value]
         return items
 

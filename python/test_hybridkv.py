@@ -209,7 +209,78 @@ class Managing(unittest.TestCase):
             self.manager.set_quota(hkv.STORAGE, "tenant", 4095, 4096)
         self.manager.set_quota(hkv.HOST, "tenant", None, 4096)
 
+    def test_forks_and_cuts(self):
+        self.turn(1, list(range(40)))
+        self.manager.reserve(1, 60)
+        self.assertEqual(self.manager.fork(1, 2), 40)
+        self.manager.append(2, [90])
+        (full, _) = self.manager.copies()
+        self.assertNotEqual(full.source, full.target)
+        self.assertEqual(self.manager.rollback(2, 40), [])
+        self.manager.append(1, [40, 41])
+        self.manager.advance(1, 42, 40)
+        self.assertEqual(self.manager.fork(1, 3), 42)
+        # The work of the two tokens fails.
+        self.assertEqual(self.manager.abort(1), [3])
+        self.manager.abort(3)
+        with self.assertRaisesRegex(hkv.Error, "wanted are 1 to 40"):
+            self.manager.trim(2, 41)
+        self.assertEqual(self.manager.trim(2, 32), [])
+        self.manager.free(2)
+
+    def test_a_sequence_is_swapped_out_and_in(self):
+        self.turn(1, list(range(40)))
+        kept, others = self.manager.preempt(1)
+        self.assertEqual((kept.tokens, others), (40, []))
+        with self.assertRaisesRegex(hkv.Error, "HKV_NOT_READY"):
+            self.manager.resume(1)
+        self.run_all()
+        with self.assertRaisesRegex(hkv.Error, "sequence 1 is not known"):
+            self.manager.append(1, [1])
+        given = self.manager.resume(1)
+        if given.num_loads:
+            self.run_all()
+        self.assertEqual(given.hit_tokens, 40)
+        self.manager.append(1, [1])
+        self.manager.advance(1, 41, 41)
+        self.manager.free(1)
+
+    def test_a_request_that_waits_is_prefetched_for(self):
+        prefetch = {"policy": "timeout", "base_ns": 1000, "per_1024_tokens_ns": 0}
+        storage = {"num_slots": 64, "prefetch_threshold": 16, "prefetch": prefetch}
+        full = {"groups": [{"kind": "full"}], "host": {"num_slots": 8, "load_back_threshold": 16}}
+        self.manager = hkv.Manager(self.CONFIG | full | {"storage": storage})
+        prompt = list(range(49))
+        self.turn(1, prompt)
+        self.manager.free(1)
+        for seq in range(2, 6):
+            self.turn(seq, list(range(1000 * seq, 1000 * seq + 112)))
+            self.manager.free(seq)
+            self.run_all()
+        hit = self.manager.lookup(prompt)
+        self.assertEqual((hit.tokens, hit.host_tokens), (48, 0))
+        begun = self.manager.prefetch(7, prompt, now=5)
+        self.assertEqual((begun.hit_tokens, begun.blocks), (48, 3))
+        self.assertEqual(self.manager.poll_prefetch(6), [])
+        first, *late = self.manager.transfers()
+        self.manager.complete(first)
+        self.assertEqual(self.manager.poll_prefetch(1005), [7])
+        self.assertEqual(self.manager.poll_prefetch(1006), [])
+        self.assertEqual(self.manager.allocate(7, prompt).hit_tokens, 16)
+        [self.manager.complete(transfer) for transfer in late]
+        self.manager.cancel_prefetch(8)
+
+    def test_what_can_be_seen(self):
+        self.turn(1, list(range(60)))
+        seen = self.manager.stats()
+        self.assertEqual((seen["stats"]["allocations"], seen["stats"]["prompt_tokens"]), (1, 60))
+        self.assertEqual((seen["usage"]["device_capacity"], seen["usage"]["host_used"]), (16, 6))
+        self.assertGreater(seen["metadata"]["sequences"], 4 * 60)
+        self.assertIn("hybridkv_prompt_tokens_total 60\n", self.manager.prometheus())
+
     def test_refusals(self):
+        with self.assertRaisesRegex(hkv.Error, "HKV_INVALID_ARGUMENT.*unknown field `policy`|unknown variant `now`"):
+            hkv.Manager(self.CONFIG | {"storage": {"num_slots": 1, "prefetch": {"policy": "now"}}})
         with self.assertRaisesRegex(hkv.Error, "HKV_INVALID_ARGUMENT.*unknown field `blocks`"):
             hkv.Manager({"blocks": 3})
         self.manager.allocate(1, list(range(112)))

@@ -4,8 +4,8 @@ use serde::Deserialize;
 
 use crate::error::{Error, Result};
 use crate::manager::{
-    Eviction, GroupConfig, HostConfig, Manager, ManagerConfig, Retention, Slack, StorageConfig,
-    WritePolicy,
+    Eviction, GroupConfig, HostConfig, Manager, ManagerConfig, PrefetchPolicy, Retention, Slack,
+    StorageConfig, WritePolicy,
 };
 use crate::spec::{AttentionKind, GroupKind};
 
@@ -78,6 +78,8 @@ struct Host {
     uses: u32,
     #[serde(default = "lru")]
     eviction: Eviction,
+    #[serde(default)]
+    load_back_threshold: u32,
 }
 
 #[derive(Deserialize, Default)]
@@ -95,6 +97,28 @@ struct Storage {
     num_slots: u32,
     #[serde(default = "lru")]
     eviction: Eviction,
+    prefetch_threshold: Option<u32>,
+    prefetch: Option<Prefetch>,
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "policy", rename_all = "snake_case", deny_unknown_fields)]
+enum Prefetch {
+    BestEffort,
+    WaitComplete,
+    Timeout { base_ns: u64, per_1024_tokens_ns: u64 },
+}
+
+impl From<Prefetch> for PrefetchPolicy {
+    fn from(prefetch: Prefetch) -> Self {
+        match prefetch {
+            Prefetch::BestEffort => Self::BestEffort,
+            Prefetch::WaitComplete => Self::WaitComplete,
+            Prefetch::Timeout { base_ns, per_1024_tokens_ns } => {
+                Self::Timeout { base_ns, per_1024_tokens_ns }
+            }
+        }
+    }
 }
 
 impl Default for Retained {
@@ -154,6 +178,7 @@ pub(super) fn manager(json: &str) -> Result<Manager> {
         serde_json::from_str(json).map_err(|error| Error::invalid(OP, error.to_string()))?;
     let host = config.host.as_ref().map(|host| HostConfig {
         eviction: host.eviction,
+        load_back_threshold: host.load_back_threshold,
         ..HostConfig::new(host.num_slots).with_write(match host.write {
             Write::Through => WritePolicy::Through,
             Write::Selective => WritePolicy::Selective { uses: host.uses },
@@ -174,8 +199,13 @@ pub(super) fn manager(json: &str) -> Result<Manager> {
         identity: *blake3::hash(config.identity.as_bytes()).as_bytes(),
     })?;
     if let Some(storage) = config.storage {
-        let config =
-            StorageConfig { eviction: storage.eviction, ..StorageConfig::new(storage.num_slots) };
+        let usual = StorageConfig::new(storage.num_slots);
+        let config = StorageConfig {
+            eviction: storage.eviction,
+            prefetch_threshold: storage.prefetch_threshold.unwrap_or(usual.prefetch_threshold),
+            prefetch: storage.prefetch.map_or(usual.prefetch, PrefetchPolicy::from),
+            ..usual
+        };
         manager.attach_storage(config, &[])?;
     }
     Ok(manager)

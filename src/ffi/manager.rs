@@ -9,14 +9,15 @@ use super::{config, guard};
 use crate::engine::map_slots;
 use crate::error::{Error, Result};
 use crate::manager::{
-    Completion, Direction, Event, EventKind, ExtraKeys, Manager, Outcome, Place, Quota, Tier,
+    Allocation, Completion, Direction, ExtraKeys, Manager, Outcome, Place, Quota, SeqId, Tier,
     Transfer,
 };
 
-/// A manager, and events that it has told and that have not been taken.
-struct hkv_manager {
-    manager: Manager,
-    events: VecDeque<hkv_event>,
+/// A manager, and what it has told and nobody has taken: events, sequences whose prefetch is over.
+pub(super) struct hkv_manager {
+    pub manager: Manager,
+    pub events: VecDeque<hkv_event>,
+    pub prefetched: VecDeque<u64>,
 }
 
 // SAFETY: `struct_bytes` is the first field.
@@ -34,7 +35,11 @@ unsafe extern "C" fn hkv_manager_create(
             if config.is_empty() {
                 return Err(Error::invalid("hkv_manager_create", "config is null or empty"));
             }
-            Ok(hkv_manager { manager: config::manager(config)?, events: VecDeque::new() })
+            Ok(hkv_manager {
+                manager: config::manager(config)?,
+                events: VecDeque::new(),
+                prefetched: VecDeque::new(),
+            })
         })
     })
 }
@@ -92,13 +97,7 @@ unsafe extern "C" fn hkv_manager_allocate(
             budget => usize::try_from(budget).unwrap_or(usize::MAX),
         };
         let given = manager.allocate_prefill(seq, tokens, budget, keys, 0)?;
-        *allocation = hkv_allocation {
-            hit_tokens: given.hit_tokens as u64,
-            device_hit_tokens: given.device_hit_tokens as u64,
-            host_hit_tokens: given.host_hit_tokens as u64,
-            num_tokens: given.num_tokens as u64,
-            num_loads: given.loads.len() as u64,
-        };
+        *allocation = given.into();
         Ok(())
     })
 }
@@ -176,9 +175,7 @@ unsafe extern "C" fn hkv_manager_abort(
         let manager = &mut out(OP, "manager", manager)?.manager;
         let room = array_mut(OP, "dependents", dependents, max_dependents)?;
         let num = out(OP, "num_dependents", num_dependents)?;
-        let others = manager.abort(seq)?;
-        *num = others.len() as u64;
-        room.iter_mut().zip(others).for_each(|(place, seq)| *place = seq);
+        name(manager.abort(seq)?, room, num);
         Ok(())
     })
 }
@@ -318,51 +315,14 @@ unsafe extern "C" fn hkv_manager_tick(manager: *mut hkv_manager, now: u64) -> hk
     guard(|| unsafe { out("hkv_manager_tick", "manager", manager)?.manager.tick(now) })
 }
 
-#[unsafe(no_mangle)]
-unsafe extern "C" fn hkv_manager_record_events(manager: *mut hkv_manager, on: u32) -> hkv_status {
-    // SAFETY: as for `hkv_manager_advance`.
-    guard(|| unsafe {
-        out("hkv_manager_record_events", "manager", manager)?.manager.record_events(on != 0);
-        Ok(())
-    })
-}
-
-#[unsafe(no_mangle)]
-unsafe extern "C" fn hkv_manager_events(
-    manager: *mut hkv_manager,
-    events: *mut hkv_event,
-    max: u64,
-    num: *mut u64,
-) -> hkv_status {
-    const OP: &str = "hkv_manager_events";
-    // SAFETY: as for `hkv_manager_abort`.
-    guard(|| unsafe {
-        let hkv_manager { manager, events: told } = out(OP, "manager", manager)?;
-        let room = array_mut(OP, "events", events, max)?;
-        let num = out(OP, "num", num)?;
-        told.extend(manager.events().iter().flat_map(blocks));
-        fill(room, num, std::iter::from_fn(|| told.pop_front()), |event| event)
-    })
-}
-
-/// An event, block by block.
-fn blocks(event: &Event) -> Vec<hkv_event> {
-    let kind = match event.kind {
-        EventKind::Stored => HKV_STORED,
-        EventKind::Removed => HKV_REMOVED,
-        EventKind::Cleared => HKV_CLEARED,
-    };
-    let tier = match event.tier {
-        Tier::Device => HKV_DEVICE,
-        Tier::Host => HKV_HOST,
-        Tier::Storage => HKV_STORAGE,
-    };
-    let one = |index, hash| hkv_event { kind, tier, group: event.group, index, hash };
-    match event.kind {
-        EventKind::Cleared => vec![one(0, [0; 16])],
-        _ => {
-            let hashes = event.hashes.iter().map(|hash| *hash.as_bytes());
-            event.indices.iter().zip(hashes).map(|(&index, hash)| one(index, hash)).collect()
+impl From<Allocation> for hkv_allocation {
+    fn from(given: Allocation) -> Self {
+        Self {
+            hit_tokens: given.hit_tokens as u64,
+            device_hit_tokens: given.device_hit_tokens as u64,
+            host_hit_tokens: given.host_hit_tokens as u64,
+            num_tokens: given.num_tokens as u64,
+            num_loads: given.loads.len() as u64,
         }
     }
 }
@@ -496,8 +456,14 @@ unsafe fn step(
     Ok(())
 }
 
+/// Names sequences as far as there is room, and says how many there are.
+pub(super) fn name(seqs: Vec<SeqId>, room: &mut [u64], num: &mut u64) {
+    *num = seqs.len() as u64;
+    room.iter_mut().zip(seqs).for_each(|(place, seq)| *place = seq);
+}
+
 /// Fills an array from the front with what there is.
-fn fill<T, U>(
+pub(super) fn fill<T, U>(
     room: &mut [U],
     num: &mut u64,
     items: impl Iterator<Item = T>,
@@ -518,7 +484,7 @@ fn fill<T, U>(
 
 /// # Safety
 /// That of [`text`], for both.
-unsafe fn keys<'a>(
+pub(super) unsafe fn keys<'a>(
     op: &'static str,
     salt: *const c_char,
     lora: *const c_char,

@@ -9,6 +9,8 @@ mod config;
 mod header;
 mod manager;
 mod raw;
+mod sequences;
+mod watch;
 
 use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_void};

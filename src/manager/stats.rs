@@ -111,7 +111,7 @@ pub struct Metadata {
 }
 
 /// How full the tiers are, in blocks.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Usage {
     /// Blocks of the device pool, without the null block.
     pub device_capacity: usize,

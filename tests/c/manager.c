@@ -170,6 +170,58 @@ static void test_pins_and_quotas(hkv_manager* manager) {
               "device");
 }
 
+// Forks, cuts, a swap out and in again; sequence 20 has 40 computed tokens.
+static void test_branches(hkv_manager* manager) {
+  hkv_allocation allocation;
+  hkv_block_copy copies[4];
+  hkv_preemption kept;
+  uint64_t shared = 0, num = 0, others[4];
+  CHECK(hkv_manager_allocate(manager, 20, tokens + 300, 40, 0, NULL, NULL, &allocation) == HKV_OK);
+  CHECK(hkv_manager_advance(manager, 20, 40, 40) == HKV_OK);
+  CHECK(hkv_manager_reserve(manager, 20, 64) == HKV_OK);
+  CHECK_ERROR(hkv_manager_reserve(manager, 20, UINT64_MAX), HKV_INVALID_ARGUMENT, "128");
+  CHECK(hkv_manager_fork(manager, 20, 21, &shared) == HKV_OK && shared == 40);
+  CHECK_ERROR(hkv_manager_fork(manager, 20, 21, &shared), HKV_INVALID_ARGUMENT, "21");
+  CHECK(hkv_manager_append(manager, 21, tokens, 1) == HKV_OK);
+  CHECK(hkv_manager_copies(manager, copies, 4, &num) == HKV_OK && num == 2);
+  CHECK(hkv_manager_rollback(manager, 21, 40, others, 4, &num) == HKV_OK && num == 0);
+  CHECK(hkv_manager_trim(manager, 21, 39, others, 4, &num) == HKV_OK && num == 0);
+  CHECK_ERROR(hkv_manager_trim(manager, 21, 0, others, 4, &num), HKV_INVALID_ARGUMENT, "1 to 39");
+  CHECK(hkv_manager_free(manager, 21) == HKV_OK);
+
+  CHECK(run(manager, 0, 0).kind == HKV_COMPLETION_NONE);
+  CHECK(hkv_manager_preempt(manager, 20, &kept, others, 4, &num) == HKV_OK && kept.tokens == 40);
+  CHECK(kept.offloads > 0 && num == 0);
+  CHECK_ERROR(hkv_manager_resume(manager, 20, &allocation), HKV_NOT_READY, "");
+  CHECK(run(manager, 0, 0).kind == HKV_COMPLETION_NONE);
+  CHECK(hkv_manager_resume(manager, 20, &allocation) == HKV_OK && allocation.hit_tokens == 40);
+  CHECK(run(manager, 0, 0).kind == HKV_COMPLETION_READY || allocation.num_loads == 0);
+  CHECK(hkv_manager_append(manager, 20, tokens, 1) == HKV_OK);
+  CHECK(hkv_manager_abort(manager, 20, NULL, 0, &num) == HKV_OK);
+}
+
+// There is no storage to fetch from.
+static void test_prefetch(hkv_manager* manager) {
+  hkv_prefetch prefetch;
+  uint64_t seqs[2], num = 7;
+  CHECK(hkv_manager_prefetch(manager, 30, tokens, 65, NULL, NULL, 1, &prefetch) == HKV_OK);
+  CHECK(prefetch.blocks == 0);
+  CHECK(hkv_manager_poll_prefetch(manager, 2, seqs, 2, &num) == HKV_OK && num == 0);
+  CHECK_ERROR(hkv_manager_poll_prefetch(manager, 1, seqs, 2, &num), HKV_INVALID_ARGUMENT, "back");
+  CHECK(hkv_manager_cancel_prefetch(manager, 30) == HKV_OK);
+}
+
+static void test_texts(const hkv_manager* manager) {
+  static char text[1 << 16];
+  uint64_t size = 0, again = 0;
+  CHECK(hkv_manager_stats(manager, NULL, 0, &size) == HKV_OK && size > 100 && size < sizeof text);
+  CHECK(hkv_manager_stats(manager, text, size - 1, &again) == HKV_OK && again == size && !text[0]);
+  CHECK(hkv_manager_stats(manager, text, size, &again) == HKV_OK && strlen(text) + 1 == size);
+  CHECK(strstr(text, "\"device_capacity\":16") != NULL);
+  CHECK(hkv_manager_prometheus(manager, text, sizeof text, &size) == HKV_OK);
+  CHECK(strlen(text) + 1 == size && strstr(text, "# TYPE hybridkv_") != NULL);
+}
+
 static void test_refusals(hkv_manager* manager) {
   hkv_manager* none = (hkv_manager*)&failures;
   hkv_allocation allocation;
@@ -202,6 +254,9 @@ int main(void) {
   CHECK(hkv_manager_create(config, &manager) == HKV_OK);
   test_conversation(manager);
   test_pins_and_quotas(manager);
+  test_branches(manager);
+  test_prefetch(manager);
+  test_texts(manager);
   test_refusals(manager);
   hkv_manager_destroy(manager);
   hkv_manager_destroy(NULL);

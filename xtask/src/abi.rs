@@ -39,7 +39,8 @@ const MIRRORS: [Mirror; 2] = [
 
 ",
         items: "hkv_(status|span|head_strides|kv|class_plan|[a-z]+_args|hit|allocation|direction|transfer|\
-                block_copy|completion|completion_kind|tier|event|event_kind|slice|pin)|HKV_ABI_VERSION",
+                block_copy|completion|completion_kind|tier|event|event_kind|slice|pin|preemption|\
+                prefetch)|HKV_ABI_VERSION",
     },
 ];
 
