@@ -5,6 +5,7 @@
 mod arena;
 mod attention;
 mod manager;
+mod overlap;
 mod planning;
 mod suites;
 mod timing;
@@ -332,6 +333,7 @@ impl Bench<'_> {
         self.link_limits(&arenas)?;
         header();
         self.arena()?;
+        self.overlap()?;
         let most = self.scaled(512 << 20).min(arenas.side_bytes());
         for direction in [Direction::H2d, Direction::D2h, Direction::D2d] {
             let limit = self.report.limits[&format!("copy_engine_{}_gbps", direction.name())];

@@ -1,9 +1,9 @@
 //! `hybridkv run`: the main job. Serves many multi-turn conversations against a device pool too small for
 //! them, so that they are evicted to the host and restored, and verifies what comes back.
 
-mod content;
+pub mod content;
 mod conversations;
-mod model;
+pub mod model;
 mod progress;
 mod report;
 mod sampling;
