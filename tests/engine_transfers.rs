@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use hybridkv::device::{Device, StreamRef};
-use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind, HostSize};
+use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind, HostSize, Pacing};
 use hybridkv::error::ErrorKind;
 use hybridkv::manager::{BlockCopy, BlockHash, Direction, Outcome, Path, Transfer};
 use hybridkv::ops::Kernels;
@@ -284,6 +284,73 @@ fn more_transfers_than_the_ring_holds_wait_for_room() {
     assert_eq!(ended.iter().map(|(id, _)| *id).collect::<HashSet<_>>().len(), 40_000);
     assert_eq!(engine.outstanding(), 0);
     assert_eq!(engine.stats().offload.bytes, 128 * 40_000);
+}
+
+/// On the CPU device in eager mode what is started has ended by the next poll.
+#[test]
+fn loads_overtake_queued_stores_which_come_down_by_chunks() {
+    let device = Device::cpu();
+    let compute = device.stream().unwrap();
+    let config = EngineConfig { num_blocks: 301, num_slots: 400, ..CONFIG };
+    let mut engine = engine(&device, config);
+    let pacing = Pacing {
+        chunk_bytes: 2 * BLOCK as u64,
+        in_flight_bytes: 4 * BLOCK as u64,
+        ..Pacing::default()
+    };
+    engine.set_pacing(pacing).unwrap();
+    assert!(engine.set_pacing(Pacing { chunk_bytes: 0, ..pacing }).is_err());
+    let blocks = 1..=200u32;
+    blocks.clone().for_each(|block| write(&engine, block, block as u8, compute.as_ref()));
+    let stores: Vec<Transfer> = blocks.map(|b| offload(b.into(), b, b)).collect();
+    engine.submit(&stores, compute.as_ref()).unwrap();
+    let loads: Vec<Transfer> = (201..=300).map(|b| onboard(b.into(), b, b)).collect();
+    engine.submit(&loads, compute.as_ref()).unwrap();
+    assert_eq!(engine.outstanding(), 300);
+
+    let mut ended = Vec::new();
+    engine.poll(&mut ended).unwrap();
+    let is_load = |&&(id, _): &&(u64, Outcome)| id > 200;
+    assert_eq!(ended.iter().filter(is_load).count(), 100, "all loads");
+    assert!(ended.len() <= 104, "and two chunks of two stores: {}", ended.len());
+    let mut polls = 1;
+    while engine.outstanding() > 0 {
+        let before = ended.len();
+        engine.poll(&mut ended).unwrap();
+        assert!(ended.len() <= before + 4, "more than were in flight");
+        polls += 1;
+    }
+    assert!(polls >= 50, "{polls}");
+    let stored: Vec<u64> = ended.iter().map(|&(id, _)| id).filter(|&id| id <= 200).collect();
+    assert_eq!(stored, (1..=200).collect::<Vec<_>>(), "in their order, each once");
+    let right = |b: u32| holds(&engine.slot(b).unwrap()[..BLOCK], b as u8);
+    assert!((1..=200).all(right));
+    assert_eq!(engine.stats().store_share, 1.0, "nothing was reported");
+}
+
+/// The host waits for a step, and stores go on meanwhile.
+#[test]
+fn stores_come_down_while_the_host_waits_for_a_step() {
+    let device = Device::cpu_deferred(3);
+    let compute = device.stream().unwrap();
+    let mut engine = engine(&device, CONFIG);
+    engine.set_pacing(Pacing { chunk_bytes: 1, ..Pacing::default() }).unwrap();
+    let step = device.event().unwrap();
+    let mut stores = 0;
+    for round in 0..40 {
+        (1..=8).for_each(|block| write(&engine, block, round, compute.as_ref()));
+        let all: Vec<Transfer> = (1..=8).map(|b| offload(b.into(), b, b)).collect();
+        engine.submit(&all, compute.as_ref()).unwrap();
+        (1..=8).for_each(|_| write(&engine, 0, round, compute.as_ref()));
+        compute.as_ref().record(&step).unwrap();
+        engine.wait_for(&step).unwrap();
+        assert!(step.is_complete().unwrap());
+        let mut ended = Vec::new();
+        engine.poll(&mut ended).unwrap();
+        stores += ended.len();
+        wait(&mut engine);
+    }
+    assert!(stores > 40, "{stores}");
 }
 
 #[test]
