@@ -3,23 +3,13 @@
 #[path = "common/manager.rs"]
 mod common;
 
-use common::{FULL, KEYS};
+use common::{FULL, KEYS, tokens, transfers};
 use hybridkv::ErrorKind;
-use hybridkv::manager::{
-    Completion, Direction, HostConfig, Manager, Outcome, StorageConfig, Transfer,
-};
+use hybridkv::manager::{Completion, Direction, HostConfig, Manager, Outcome, StorageConfig};
 use hybridkv::ops::synthetic::splitmix64;
 use hybridkv::spec::AttentionKind;
 
 const WINDOW: AttentionKind = AttentionKind::Sliding { window: 33 };
-
-fn tokens(start: u32, n: u32) -> Vec<u32> {
-    (start..start + n).collect()
-}
-
-fn transfers(m: &mut Manager) -> Vec<Transfer> {
-    std::iter::from_fn(|| m.next_transfer()).collect()
-}
 
 fn complete_all(m: &mut Manager) -> Vec<Completion> {
     transfers(m).iter().map(|t| m.complete(t.id, Outcome::Succeeded).unwrap()).collect()

@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::HashMap;
 
-use common::{FULL, KEYS};
+use common::{FULL, KEYS, tokens, transfers};
 use hybridkv::manager::{
     Direction, EventKind, Eviction, ExtraKeys, HostConfig, Manager, Outcome, Quota, StorageConfig,
     Tier, WritePolicy,
@@ -20,17 +20,13 @@ fn of(salt: &'static str) -> ExtraKeys<'static> {
     ExtraKeys { salt, lora: "" }
 }
 
-fn tokens(start: u32, n: u32) -> Vec<u32> {
-    (start..start + n).collect()
-}
-
 fn blocks(n: u64) -> Option<Quota> {
     Some(Quota::of_bytes(n * BLOCK + 1, BLOCK).unwrap())
 }
 
 fn run_all(m: &mut Manager) {
     while m.transfers_in_flight() > 0 {
-        while let Some(transfer) = m.next_transfer() {
+        for transfer in transfers(m) {
             m.complete(transfer.id, Outcome::Succeeded).unwrap();
         }
     }

@@ -3,7 +3,7 @@
 #[path = "common/manager.rs"]
 mod common;
 
-use common::{FULL, KEYS};
+use common::{FULL, KEYS, tokens, transfers};
 use hybridkv::manager::{
     BlockHash, Completion, Direction, EventKind, HashedTokens, HostConfig, Manager, Outcome, Tier,
     Transfer,
@@ -18,14 +18,6 @@ fn sliding(window: u32) -> AttentionKind {
 fn manager(kinds: &[AttentionKind], num_blocks: u32, host_slots: u32) -> Manager {
     let host = (host_slots > 0).then(|| HostConfig::new(host_slots));
     common::manager(kinds, num_blocks, host)
-}
-
-fn tokens(start: u32, n: u32) -> Vec<u32> {
-    (start..start + n).collect()
-}
-
-fn transfers(m: &mut Manager) -> Vec<Transfer> {
-    std::iter::from_fn(|| m.next_transfer()).collect()
 }
 
 fn block(transfer: &Transfer) -> u32 {

@@ -4,7 +4,7 @@
 #[path = "common/manager.rs"]
 mod common;
 
-use common::{FULL, KEYS};
+use common::{FULL, KEYS, tokens, transfers};
 use hybridkv::manager::{
     BreakerConfig, BreakerState, Completion, CostModel, Direction, HostConfig, Manager, Outcome,
     PrefetchPolicy, StorageConfig, StoredBlock, Tier, Transfer, WritePolicy,
@@ -24,16 +24,8 @@ fn with_storage(num_blocks: u32, host_slots: u32, config: StorageConfig) -> Mana
     m
 }
 
-fn tokens(start: u32, n: u32) -> Vec<u32> {
-    (start..start + n).collect()
-}
-
 fn longer(prompt: &[u32]) -> Vec<u32> {
     [prompt, &[7]].concat()
-}
-
-fn transfers(m: &mut Manager) -> Vec<Transfer> {
-    std::iter::from_fn(|| m.next_transfer()).collect()
 }
 
 fn of(transfers: &[Transfer], direction: Direction) -> usize {

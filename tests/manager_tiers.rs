@@ -3,7 +3,7 @@
 #[path = "common/manager.rs"]
 mod common;
 
-use common::{FULL, KEYS};
+use common::{FULL, KEYS, tokens, transfers};
 use hybridkv::manager::{
     Direction, EventKind, Eviction, HostConfig, Manager, Outcome, StorageConfig, Tier, Transfer,
     WritePolicy,
@@ -21,14 +21,6 @@ fn manager(kinds: &[AttentionKind], num_blocks: u32, host: HostConfig) -> Manage
 
 fn write_back(num_blocks: u32, num_slots: u32) -> Manager {
     manager(&[FULL], num_blocks, HostConfig::new(num_slots).with_write(WritePolicy::Back))
-}
-
-fn tokens(start: u32, n: u32) -> Vec<u32> {
-    (start..start + n).collect()
-}
-
-fn transfers(m: &mut Manager) -> Vec<Transfer> {
-    std::iter::from_fn(|| m.next_transfer()).collect()
 }
 
 fn complete_all(m: &mut Manager, outcome: Outcome) -> Vec<Transfer> {

@@ -1,7 +1,8 @@
-//! Managers of the tests of single rules.
+//! Managers of the tests of single rules. Not every one of them uses all of it.
+#![allow(dead_code)]
 
 use hybridkv::manager::{
-    Eviction, ExtraKeys, GroupConfig, HostConfig, Manager, ManagerConfig, Retention,
+    Eviction, ExtraKeys, GroupConfig, HostConfig, Manager, ManagerConfig, Retention, Transfer,
 };
 use hybridkv::spec::AttentionKind;
 
@@ -23,4 +24,14 @@ pub fn manager(kinds: &[AttentionKind], num_blocks: u32, host: Option<HostConfig
         identity: [1; 32],
     })
     .unwrap()
+}
+
+/// So many tokens that differ from one another.
+pub fn tokens(start: u32, n: u32) -> Vec<u32> {
+    (start..start + n).collect()
+}
+
+/// What the manager hands out now.
+pub fn transfers(m: &mut Manager) -> Vec<Transfer> {
+    std::iter::from_fn(|| m.next_transfer()).collect()
 }
