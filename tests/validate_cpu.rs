@@ -28,7 +28,7 @@ fn passes_and_reports() {
     assert_eq!(report["schema"], 1);
     assert_eq!(report["suite"], "validate");
     let rows = report["rows"].as_array().unwrap();
-    for suite in ["attention", "large", "merge", "append", "move"] {
+    for suite in ["attention", "large", "merge", "append", "move", "codec"] {
         let of_suite: Vec<_> = rows
             .iter()
             .filter(|row| row["case"].as_str().unwrap().starts_with(&format!("{suite}: ")))
@@ -107,6 +107,14 @@ fn damaged_appends_and_moves_are_noticed() {
     assert!(damaged("move", "length").contains("16 bytes are wrong"));
     assert!(damaged("move", "nan").contains("1 bytes are wrong"));
     assert!(damaged("move", "stray").contains("beside all fragments"));
+}
+
+#[test]
+fn damaged_slots_are_noticed() {
+    assert!(damaged("codec", "swap").contains("of slot"));
+    assert!(damaged("codec", "skip").contains("of slot"));
+    assert!(damaged("codec", "nan").contains("of slot"));
+    assert!(damaged("codec", "stray").contains("beside all slots"));
 }
 
 #[test]

@@ -38,4 +38,25 @@ typedef struct hkv_copy {
   uint64_t bytes;
 } hkv_copy;
 
+// A block of the pool and the slot that it is encoded into or decoded from, device or pinned host memory, at a
+// multiple of 16 bytes.
+typedef struct hkv_slot_block {
+  int64_t block;
+  void* slot;
+} hkv_slot_block;
+
+// What became of a slot.
+enum hkv_slot_status {
+  HKV_SLOT_OK = 0,
+  HKV_SLOT_ESCAPES = 1,     // encode: more escapes than the slot lists; it holds nothing
+  HKV_SLOT_NOT_FINITE = 2,  // encode: NaN or infinite elements; it holds nothing
+  HKV_SLOT_CORRUPT = 3,     // decode: damaged, foreign or of another geometry; the block is garbage
+};
+
+typedef struct hkv_slot_result {
+  uint64_t hash;     // content hash, 0 when the slot holds nothing
+  uint32_t escapes;  // of lx4, those found
+  int32_t status;    // enum hkv_slot_status
+} hkv_slot_result;
+
 #endif  // HYBRIDKV_ABI_LAYOUT_H_

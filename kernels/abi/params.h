@@ -227,4 +227,34 @@ typedef struct hkv_read_blocks_params {
   uint32_t* checksum;              // device: the sum of all 32-bit words is added to it, modulo 2^32
 } hkv_read_blocks_params;
 
+#define HKV_CODEC_THREADS 512
+#define HKV_CODEC_SECTIONS 7
+
+// Encodes blocks of a pool into slots, or decodes them out of slots. What a slot holds is said in
+// src/codec; offsets and sizes of its parts are computed there.
+typedef struct hkv_codec_params {
+  void* k;                       // pool base of K
+  void* v;                       // pool base of V
+  const hkv_slot_block* blocks;  // [num_blocks] device or pinned
+  hkv_slot_result* results;      // [num_blocks] device or pinned, written
+  int64_t num_blocks;
+  int64_t kv_stride_block;
+  int64_t kv_stride_layer;
+  int64_t kv_stride_head;
+  int64_t kv_stride_token;
+  uint64_t header[2];                     // the first words of every slot of this codec and geometry
+  uint32_t sections[HKV_CODEC_SECTIONS];  // offsets of the codec's arrays in a slot
+  uint32_t elements;                      // offset of the first array that is not kept in shared memory
+  uint32_t slot_bytes;
+  int32_t escapes;       // lx4: how many a slot lists
+  int32_t scale_planes;  // fp8: planes that share a scale, 0: every token has its own
+  int32_t codec;         // its code in headers
+  int32_t first_layer_slot;
+  int32_t num_layers;
+  int32_t num_kv_heads;
+  int32_t head_dim;
+  int32_t block_size;
+  int32_t dtype;  // enum hkv_dtype, 16 bits
+} hkv_codec_params;
+
 #endif  // HYBRIDKV_ABI_PARAMS_H_

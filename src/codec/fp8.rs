@@ -1,15 +1,15 @@
 //! `fp8`: e4m3 floats, scaled so that the largest magnitude of those that share a scale is the largest e4m3.
 //!
 //! ```text
-//! bytes   [plane][token][dim]   the nearest of element / scale (src/e4m3.rs)
 //! scales  f32                   per token: [plane][token], per head: [plane], per tensor: [layer][K|V]
+//! bytes   [plane][token][dim]   the nearest of element / scale (src/e4m3.rs)
 //! ```
 //!
 //! With a scale per token, bytes and scales are those that `append` stores in an e4m3 cache. The absolute error
 //! of an element is at most `max(|x| / 16, scale / 1024)`.
 
 use super::pack::{section, sections, sections_mut};
-use super::{Fallback, Format, Geometry, Header, ScalePer, round};
+use super::{Arrays, Fallback, Format, Geometry, Header, ScalePer, round};
 use crate::e4m3;
 use crate::error::Result;
 
@@ -27,13 +27,13 @@ impl Fp8 {
 
     fn lengths(&self, geometry: &Geometry) -> [usize; 2] {
         let elements = geometry.elements();
-        [elements, section(elements / self.span(geometry) * size_of::<f32>())]
+        [section(elements / self.span(geometry) * size_of::<f32>()), elements]
     }
 }
 
 impl Format for Fp8 {
-    fn payload_bytes(&self, geometry: &Geometry) -> Result<usize> {
-        Ok(self.lengths(geometry).iter().sum())
+    fn arrays(&self, geometry: &Geometry) -> Result<Arrays> {
+        Ok(Arrays::new(self.lengths(geometry), 1))
     }
 
     fn encode(
@@ -47,7 +47,7 @@ impl Format for Fp8 {
             return Err(Fallback::NotFinite);
         }
         let span = self.span(geometry);
-        let [bytes, scales] = sections_mut(payload, self.lengths(geometry));
+        let [scales, bytes] = sections_mut(payload, self.lengths(geometry));
         scales.fill(0);
         let mut values = vec![0.0; span];
         let spans = block.chunks_exact(span).zip(bytes.chunks_exact_mut(span));
@@ -65,7 +65,7 @@ impl Format for Fp8 {
     fn decode(&self, header: &Header, payload: &[u8], block: &mut [u16]) -> Result<(), String> {
         let (geometry, dtype) = (&header.geometry, header.geometry.dtype());
         let span = self.span(geometry);
-        let [bytes, scales] = sections(payload, self.lengths(geometry));
+        let [scales, bytes] = sections(payload, self.lengths(geometry));
         let spans = block.chunks_exact_mut(span).zip(bytes.chunks_exact(span));
         for ((elements, bytes), scale) in spans.zip(scales.as_chunks::<4>().0) {
             let scale = f32::from_le_bytes(*scale);

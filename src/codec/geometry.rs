@@ -23,7 +23,7 @@ impl Geometry {
     /// The geometry of blocks of `block_size` tokens in `layers` layers.
     ///
     /// # Errors
-    /// `Unsupported` for a `head_dim` that is no multiple of 16 up to 512, a `block_size` other than 8, 16,
+    /// `Unsupported` for a `head_dim` that is no multiple of 16 up to 256, a `block_size` other than 8, 16,
     /// 32, 64 and 128, an element type other than bf16 and f16, no layers or heads, or blocks over 1 GiB.
     pub fn new(
         layers: u32,
@@ -32,8 +32,8 @@ impl Geometry {
         block_size: u32,
         dtype: Dtype,
     ) -> Result<Self> {
-        if head_dim == 0 || !head_dim.is_multiple_of(16) || head_dim > 512 {
-            return Err(Error::unsupported(OP, "head_dim", head_dim, "multiples of 16 up to 512"));
+        if head_dim == 0 || !head_dim.is_multiple_of(16) || head_dim > 256 {
+            return Err(Error::unsupported(OP, "head_dim", head_dim, "multiples of 16 up to 256"));
         }
         if !(8..=128).contains(&block_size) || !block_size.is_power_of_two() {
             return Err(Error::unsupported(OP, "block_size", block_size, "8, 16, 32, 64, 128"));

@@ -5,11 +5,11 @@
 //! group of V one head of a token. `int4` rotates V first (rotate.rs; QuaRot, Ashkboos et al. 2024).
 //!
 //! ```text
+//! K groups       [K plane][tokens / 64][dim]          zero, step: 16 bits each
+//! V groups       [V plane][token]                     likewise
 //! int8: bytes    [plane][token][dim]                  q
 //! int6: nibbles  [plane][token][dim], pairs likewise  q & 15, q >> 4
 //! int4: nibbles  [plane][token][dim]                  q
-//! K groups       [K plane][tokens / 64][dim]          zero, step: 16 bits each
-//! V groups       [V plane][token]                     likewise
 //! ```
 //!
 //! `zero` and `step` are of the elements' type: `zero` the least of the group (of K always exact), `step` the
@@ -20,7 +20,7 @@ use super::pack::{
     pack_high_pairs, pack_nibbles, sections, sections_mut, unpack_high_pairs, unpack_nibbles,
 };
 use super::rotate::rotate;
-use super::{Fallback, Format, Geometry, Header, round};
+use super::{Arrays, Fallback, Format, Geometry, Header, round};
 use crate::error::Result;
 use crate::layout::Dtype;
 
@@ -38,6 +38,8 @@ pub(super) const INT4: Int = Int { bits: 4, rotates_values: true };
 const GROUP_TOKENS: usize = 64;
 /// Bytes of a group's `zero` and `step`.
 const AFFINE_BYTES: usize = 4;
+/// No rotated value is larger, so that rotating it back overflows nowhere: 2^118, in rows of up to 256.
+const LARGEST_ROTATED: f32 = f32::from_bits((127 + 118) << 23);
 /// No step is less, so that its inverse is finite: 2^-100.
 const LEAST_STEP: f32 = f32::from_bits((127 - 100) << 23);
 
@@ -82,7 +84,7 @@ impl Int {
         ((1u32 << self.bits) - 1) as f32
     }
 
-    /// Arrays of elements: bytes or nibbles, pairs; groups of K, of V.
+    /// Groups of K, of V; bytes or nibbles, pairs.
     fn lengths(&self, geometry: &Geometry) -> [usize; 4] {
         let elements = geometry.elements();
         let (codes, pairs) = match self.bits {
@@ -93,10 +95,10 @@ impl Int {
         let planes = geometry.planes() / 2;
         let key_groups = geometry.block_size().div_ceil(GROUP_TOKENS) * geometry.head_dim();
         [
-            codes,
-            pairs,
             planes * key_groups * AFFINE_BYTES,
             planes * geometry.block_size() * AFFINE_BYTES,
+            codes,
+            pairs,
         ]
     }
 
@@ -131,6 +133,8 @@ struct Plane<'a> {
     dim: usize,
     is_key: bool,
     levels: f32,
+    /// Of the values that can be quantised.
+    largest: f32,
     values: &'a mut [f32],
 }
 
@@ -145,8 +149,7 @@ impl Plane<'_> {
     fn quantise(&self, groups: &mut [u8], codes: &mut [u8]) -> Result<(), Fallback> {
         let mut bounds = vec![(f32::INFINITY, f32::NEG_INFINITY); groups.len() / AFFINE_BYTES];
         for (position, &x) in self.values.iter().enumerate() {
-            // A rotation can overflow.
-            if !x.is_finite() {
+            if x.is_nan() || x.abs() > self.largest {
                 return Err(Fallback::NotFinite);
             }
             let (least, largest) = &mut bounds[self.group(position)];
@@ -184,8 +187,8 @@ impl Plane<'_> {
 }
 
 impl Format for Int {
-    fn payload_bytes(&self, geometry: &Geometry) -> Result<usize> {
-        Ok(self.lengths(geometry).iter().sum())
+    fn arrays(&self, geometry: &Geometry) -> Result<Arrays> {
+        Ok(Arrays::new(self.lengths(geometry), 2))
     }
 
     fn encode(
@@ -199,7 +202,7 @@ impl Format for Int {
             return Err(Fallback::NotFinite);
         }
         let lengths = self.lengths(geometry);
-        let [words, pairs, key_groups, value_groups] = sections_mut(payload, lengths);
+        let [key_groups, value_groups, words, pairs] = sections_mut(payload, lengths);
         let per_plane = geometry.planes() / 2;
         let mut values = vec![0.0; geometry.plane_elements()];
         let mut codes = vec![0; geometry.plane_elements()];
@@ -209,15 +212,17 @@ impl Format for Int {
             }
             let is_key = geometry.is_key(index);
             let (groups, length) = if is_key {
-                (&mut *key_groups, lengths[2] / per_plane)
+                (&mut *key_groups, lengths[0] / per_plane)
             } else {
-                (&mut *value_groups, lengths[3] / per_plane)
+                (&mut *value_groups, lengths[1] / per_plane)
             };
             let groups = &mut groups[geometry.index_in_kind(index) * length..][..length];
             let (dim, levels) = (geometry.head_dim(), self.levels());
-            let mut plane = Plane { dtype, dim, is_key, levels, values: &mut values };
+            let mut plane =
+                Plane { dtype, dim, is_key, levels, largest: f32::MAX, values: &mut values };
             if self.rotates_values && !is_key {
                 plane.rotate();
+                plane.largest = LARGEST_ROTATED;
             }
             plane.quantise(groups, &mut codes)?;
             self.pack(index, &codes, words, pairs);
@@ -228,21 +233,22 @@ impl Format for Int {
     fn decode(&self, header: &Header, payload: &[u8], block: &mut [u16]) -> Result<(), String> {
         let (geometry, dtype) = (&header.geometry, header.geometry.dtype());
         let lengths = self.lengths(geometry);
-        let [words, pairs, key_groups, value_groups] = sections(payload, lengths);
+        let [key_groups, value_groups, words, pairs] = sections(payload, lengths);
         let per_plane = geometry.planes() / 2;
         let mut values = vec![0.0; geometry.plane_elements()];
         let mut codes = vec![0; geometry.plane_elements()];
         for (index, elements) in block.chunks_exact_mut(geometry.plane_elements()).enumerate() {
             let is_key = geometry.is_key(index);
             let (groups, length) = if is_key {
-                (key_groups, lengths[2] / per_plane)
+                (key_groups, lengths[0] / per_plane)
             } else {
-                (value_groups, lengths[3] / per_plane)
+                (value_groups, lengths[1] / per_plane)
             };
             let groups = &groups[geometry.index_in_kind(index) * length..][..length];
             self.unpack(index, words, pairs, &mut codes);
             let (dim, levels) = (geometry.head_dim(), self.levels());
-            let mut plane = Plane { dtype, dim, is_key, levels, values: &mut values };
+            let mut plane =
+                Plane { dtype, dim, is_key, levels, largest: f32::MAX, values: &mut values };
             plane.restore(groups, &codes);
             if self.rotates_values && !is_key {
                 plane.rotate();

@@ -6,13 +6,13 @@
 //! keys and values are. Code 0 marks the others, whose exponents are listed.
 //!
 //! ```text
-//! bytes      [plane][token][dim]     sign << 7 | mantissa
-//! nibbles    [plane][token][dim]     0, or exponent + 15 - window, window of the channel
 //! bases      [plane] u8              the largest exponent of the plane
 //! ends       [plane] u16             escapes of this plane and those before it
 //! offsets    [K plane][dim] nibble   base - window; V has window = base
 //! positions  [escape] u16            token * head_dim + dim, ascending in a plane
 //! exponents  [escape] u8
+//! bytes      [plane][token][dim]     sign << 7 | mantissa
+//! nibbles    [plane][token][dim]     0, or exponent + 15 - window, window of the channel
 //! ```
 //!
 //! Channels of K differ in magnitude, by a factor of 40 in models with biases, hence its offsets; those of V do
@@ -22,7 +22,7 @@
 //! supported.
 
 use super::pack::{pack_nibbles, section, sections, sections_mut, unpack_nibbles};
-use super::{Fallback, Format, Geometry, Header, OP};
+use super::{Arrays, Fallback, Format, Geometry, Header, OP};
 use crate::error::{Error, Result};
 use crate::layout::Dtype;
 
@@ -31,23 +31,23 @@ pub(super) struct Lx4;
 /// Codes of the window; code 0 marks escapes.
 const WINDOW: u8 = 15;
 /// One escape in so many elements has room.
-const ELEMENTS_PER_ESCAPE: usize = 512;
+const ELEMENTS_PER_ESCAPE: usize = 768;
 
 /// Escapes that a slot lists, a multiple of 16 that `ends` can count.
-fn capacity(geometry: &Geometry) -> usize {
+pub(super) fn capacity(geometry: &Geometry) -> usize {
     geometry.elements().div_ceil(ELEMENTS_PER_ESCAPE).next_multiple_of(16).min(65_520)
 }
 
 fn lengths(geometry: &Geometry) -> [usize; 7] {
     let (planes, elements, capacity) = (geometry.planes(), geometry.elements(), capacity(geometry));
     [
-        elements,
-        elements / 2,
         section(planes),
         section(2 * planes),
         section(planes / 2 * geometry.head_dim() / 2),
         2 * capacity,
         capacity,
+        elements,
+        elements / 2,
     ]
 }
 
@@ -56,9 +56,9 @@ fn exponent(element: u16) -> u8 {
 }
 
 impl Format for Lx4 {
-    fn payload_bytes(&self, geometry: &Geometry) -> Result<usize> {
+    fn arrays(&self, geometry: &Geometry) -> Result<Arrays> {
         match geometry.dtype() {
-            Dtype::Bf16 => Ok(lengths(geometry).iter().sum()),
+            Dtype::Bf16 => Ok(Arrays::new(lengths(geometry), 5)),
             dtype => Err(Error::unsupported(OP, "lx4 of", dtype.name(), "bf16")),
         }
     }
@@ -71,7 +71,7 @@ impl Format for Lx4 {
     ) -> Result<u32, Fallback> {
         let (dim, plane_elements) = (geometry.head_dim(), geometry.plane_elements());
         let capacity = capacity(geometry);
-        let [bytes, nibbles, bases, ends, offsets, positions, exponents] =
+        let [bases, ends, offsets, positions, exponents, bytes, nibbles] =
             sections_mut(payload, lengths(geometry));
         // What lies between the last entry of a table and the next section.
         for table in [&mut *bases, &mut *ends, &mut *offsets, &mut *positions, &mut *exponents] {
@@ -172,7 +172,7 @@ struct Slot<'a> {
 impl<'a> Slot<'a> {
     fn new(header: &Header, payload: &'a [u8]) -> Result<Self, String> {
         let geometry = &header.geometry;
-        let [bytes, nibbles, bases, ends, offsets, positions, exponents] =
+        let [bases, ends, offsets, positions, exponents, bytes, nibbles] =
             sections(payload, lengths(geometry));
         let plane_elements = geometry.plane_elements();
         let slot =

@@ -15,10 +15,12 @@
 //! Layout of a slot, little endian, every section a multiple of 16 bytes:
 //!
 //! ```text
-//! header      32 bytes     (header.rs)
+//! header      32 bytes, zeros up to where the tables have to begin     (header.rs)
+//! tables      per plane    scales, offsets, lists: one array each
 //! elements    [plane][token][dim], one array per width: bytes, nibbles, pairs of bits
-//! the rest    per plane    scales, offsets, lists: one array each
 //! ```
+//!
+//! The elements begin at a multiple of 128 bytes: in slots that do too, a GPU writes whole lines over the link.
 //!
 //! A *plane* is one head of K or V of one layer, `[token][dim]`; planes are numbered as a native block
 //! has them, `[layer][K|V][head]`.
@@ -132,7 +134,8 @@ impl Codec {
         }
     }
 
-    fn of_code(code: u8) -> Option<Self> {
+    /// The codec that a number stands for.
+    pub(crate) fn of_code(code: u8) -> Option<Self> {
         Self::ALL.into_iter().find(|codec| codec.code() == code)
     }
 
@@ -154,7 +157,34 @@ impl Codec {
     /// # Errors
     /// `Unsupported` for an element type that the codec gains nothing on.
     pub fn slot_bytes(self, geometry: &Geometry) -> Result<usize> {
-        Ok(Header::BYTES + self.format().payload_bytes(geometry)?)
+        Ok(Header::BYTES + self.format().arrays(geometry)?.bytes())
+    }
+
+    /// Where everything is in a slot of this geometry.
+    ///
+    /// # Errors
+    /// As [`Codec::slot_bytes`].
+    pub(crate) fn slot_layout(self, geometry: &Geometry) -> Result<SlotLayout> {
+        let arrays = self.format().arrays(geometry)?;
+        let mut end = (Header::BYTES + arrays.padding()) as u32;
+        let offsets = arrays.lengths.map(|length| {
+            let begin = end;
+            end += length as u32;
+            begin
+        });
+        let header = Header { codec: self, geometry: *geometry, bytes: end, escapes: 0, hash: 0 };
+        Ok(SlotLayout {
+            header: header.to_bytes(),
+            offsets,
+            elements: offsets[arrays.tables],
+            bytes: end,
+            escapes: if self == Self::Lx4 { lx4::capacity(geometry) as u32 } else { 0 },
+            scale_planes: match self {
+                Self::Fp8(ScalePer::Head) => 1,
+                Self::Fp8(ScalePer::Tensor) => geometry.num_kv_heads() as u32,
+                _ => 0,
+            },
+        })
     }
 
     /// Writes a block, bit patterns `[layer][K|V][head][token][dim]`, into a slot. Bytes of the slot beyond
@@ -174,6 +204,8 @@ impl Codec {
             ));
         };
         let (head, payload) = slot.split_at_mut(Header::BYTES);
+        let (padding, payload) = payload.split_at_mut(self.format().arrays(geometry)?.padding());
+        padding.fill(0);
         let escapes = match self.format().encode(geometry, block, payload) {
             Ok(escapes) => escapes,
             Err(fallback) => {
@@ -245,8 +277,10 @@ impl fmt::Display for Fallback {
 pub fn decode(geometry: &Geometry, slot: &[u8], block: &mut [u16]) -> Result<Header> {
     geometry.check_block(block.len())?;
     let header = verify(geometry, slot)?;
-    let payload = &slot[Header::BYTES..header.bytes as usize];
-    header.codec.format().decode(&header, payload, block).map_err(corrupt)?;
+    let format = header.codec.format();
+    let payload = Header::BYTES + format.arrays(geometry)?.padding();
+    let payload = &slot[payload..header.bytes as usize];
+    format.decode(&header, payload, block).map_err(corrupt)?;
     Ok(header)
 }
 
@@ -281,10 +315,56 @@ fn corrupt(what: impl Into<String>) -> Error {
     Error::new(OP, ErrorKind::Corrupt(what.into()))
 }
 
-/// One codec's payload. Slices have the lengths that geometry and [`Format::payload_bytes`] give them.
+/// Most arrays of a payload.
+const MOST_ARRAYS: usize = 7;
+
+/// Of what offset in a slot its elements begin at a multiple.
+const LINE: usize = 128;
+
+/// The arrays of a payload: first tables, then those that have something of every element.
+struct Arrays {
+    /// Bytes, multiples of 16; 0 past the last.
+    lengths: [usize; MOST_ARRAYS],
+    /// How many are tables.
+    tables: usize,
+}
+
+impl Arrays {
+    fn new<const N: usize>(lengths: [usize; N], tables: usize) -> Self {
+        let mut all = [0; MOST_ARRAYS];
+        all[..N].copy_from_slice(&lengths);
+        Self { lengths: all, tables }
+    }
+
+    /// Zeros between header and tables.
+    fn padding(&self) -> usize {
+        let end = Header::BYTES + self.lengths[..self.tables].iter().sum::<usize>();
+        end.next_multiple_of(LINE) - end
+    }
+
+    fn bytes(&self) -> usize {
+        self.padding() + self.lengths.iter().sum::<usize>()
+    }
+}
+
+/// What a kernel is told of a slot.
+pub(crate) struct SlotLayout {
+    /// Without escapes and hash.
+    pub header: [u8; Header::BYTES],
+    /// Of the arrays.
+    pub offsets: [u32; MOST_ARRAYS],
+    /// Where the elements begin, behind header and tables.
+    pub elements: u32,
+    pub bytes: u32,
+    /// How many escapes the slot lists.
+    pub escapes: u32,
+    /// Planes that share a scale; 0: every token has its own.
+    pub scale_planes: u32,
+}
+
+/// One codec's payload. Slices have the lengths that geometry and [`Format::arrays`] give them.
 trait Format {
-    /// A multiple of 16.
-    fn payload_bytes(&self, geometry: &Geometry) -> Result<usize>;
+    fn arrays(&self, geometry: &Geometry) -> Result<Arrays>;
 
     /// Writes every byte of the payload; returns how many escapes there are.
     fn encode(

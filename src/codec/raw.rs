@@ -1,13 +1,13 @@
 //! `raw`: the elements as they are. Holds every block.
 
-use super::{Fallback, Format, Geometry, Header};
+use super::{Arrays, Fallback, Format, Geometry, Header};
 use crate::error::Result;
 
 pub(super) struct Raw;
 
 impl Format for Raw {
-    fn payload_bytes(&self, geometry: &Geometry) -> Result<usize> {
-        Ok(geometry.raw_bytes())
+    fn arrays(&self, geometry: &Geometry) -> Result<Arrays> {
+        Ok(Arrays::new([geometry.raw_bytes()], 0))
     }
 
     fn encode(&self, _: &Geometry, block: &[u16], payload: &mut [u8]) -> Result<u32, Fallback> {

@@ -7,8 +7,8 @@
 //! functions below do the validation, for hosts that have the tables at hand anyway.
 
 use super::plan::{Plan, check_work_list};
-use super::{AppendArgs, AttentionArgs, Kernels, MoveArgs, MoveShape};
-use crate::abi::{self, hkv_copy, hkv_part, hkv_window};
+use super::{AppendArgs, AttentionArgs, CodecArgs, Kernels, MoveArgs, MoveShape};
+use crate::abi::{self, hkv_copy, hkv_part, hkv_slot_block, hkv_window};
 use crate::device::{Span, StreamRef};
 use crate::error::{Error, Result};
 use crate::layout::{Dtype, KvView};
@@ -427,6 +427,67 @@ fn rows_of(
         }
     }
     Ok(rows)
+}
+
+/// Validates what `encode` or `decode` is to do: blocks inside of the view, slots at multiples of 16 bytes and
+/// apart. Blocks that are decoded into are named once.
+///
+/// # Errors
+/// `InvalidArgument` naming the row and what is wrong with it.
+pub fn check_slot_blocks(
+    rows: &[hkv_slot_block],
+    num_blocks: u64,
+    slot_bytes: u64,
+    decodes: bool,
+) -> Result<()> {
+    const OP: &str = "codec";
+    for (row, &hkv_slot_block { block, slot }) in rows.iter().enumerate() {
+        if u64::try_from(block).map_or(true, |block| block >= num_blocks) {
+            return Err(Error::invalid(
+                OP,
+                format!("row {row} names block {block}, the view has {num_blocks}"),
+            ));
+        }
+        if slot.is_null() || !(slot as u64).is_multiple_of(16) {
+            return Err(Error::invalid(
+                OP,
+                format!("row {row} has a slot at {slot:p}, null or no multiple of 16"),
+            ));
+        }
+    }
+    let mut written: Vec<(u64, usize)> = rows
+        .iter()
+        .enumerate()
+        .map(|(row, r)| (if decodes { r.block as u64 } else { r.slot as u64 }, row))
+        .collect();
+    written.sort_unstable();
+    let apart = if decodes { 1 } else { slot_bytes };
+    match written.windows(2).find(|pair| pair[1].0 - pair[0].0 < apart) {
+        Some(pair) => Err(Error::invalid(
+            OP,
+            format!("rows {} and {} write to the same memory", pair[0].1, pair[1].1),
+        )),
+        None => Ok(()),
+    }
+}
+
+/// Downloads and validates the rows of `encode` or `decode`.
+///
+/// # Safety
+/// The rows are device or pinned memory of their length.
+pub(super) unsafe fn codec(
+    args: &CodecArgs,
+    slot_bytes: u64,
+    decodes: bool,
+    stream: StreamRef<'_>,
+) -> Result<()> {
+    // SAFETY: the caller's promise; the launcher has checked the length of the rows.
+    let rows: Vec<[u64; 2]> = unsafe { download(args.blocks, 0, args.num_blocks, stream)? };
+    let rows: Vec<hkv_slot_block> = rows
+        .iter()
+        .map(|&[block, slot]| hkv_slot_block { block: block as i64, slot: slot as *mut _ })
+        .collect();
+    check_slot_blocks(&rows, args.kv.num_blocks, slot_bytes, decodes)
 }
 
 /// # Safety

@@ -8,6 +8,7 @@
 mod append;
 mod attention;
 mod checks;
+mod codec;
 mod cpu;
 mod merge;
 mod movement;
@@ -22,8 +23,10 @@ use std::fmt;
 pub use append::AppendArgs;
 pub use attention::{AttentionArgs, BlockTables, WindowTable};
 pub use checks::{
-    AttentionTables, check_attention_tables, check_copies, check_slots, check_window,
+    AttentionTables, check_attention_tables, check_copies, check_slot_blocks, check_slots,
+    check_window,
 };
+pub use codec::CodecArgs;
 pub use merge::MergeArgs;
 pub(crate) use movement::MAX_MOVE_DIMS;
 pub use movement::{CtaQuota, MoveArgs, MoveDim, MoveShape};
@@ -44,6 +47,7 @@ pub struct Kernels {
     checked: bool,
     append: append::Loaded,
     attention: attention::Loaded,
+    codec: codec::Loaded,
     merge: merge::Loaded,
     movement: movement::Loaded,
     plan: plan::Loaded,
@@ -70,6 +74,7 @@ impl Kernels {
         Ok(Self {
             append: append::Loaded::load(&mut loader)?,
             attention: attention::Loaded::load(&mut loader)?,
+            codec: codec::Loaded::load(&mut loader)?,
             merge: merge::Loaded::load(&mut loader)?,
             movement: movement::Loaded::load(&mut loader)?,
             plan: plan::Loaded::load(&mut loader)?,

@@ -41,7 +41,7 @@ impl CtaQuota {
         Self(Quota::AtMost(if ctas == 0 { 1 } else { ctas }))
     }
 
-    fn resolve(self, multiprocessors: u32) -> u32 {
+    pub(super) fn resolve(self, multiprocessors: u32) -> u32 {
         match self.0 {
             Quota::WholeDevice => 2 * multiprocessors.max(1),
             Quota::AtMost(ctas) => ctas,

@@ -4,6 +4,7 @@
 
 mod arena;
 mod attention;
+mod codec;
 mod manager;
 mod overlap;
 mod planning;
@@ -60,6 +61,8 @@ enum Suite {
     Prefill,
     /// Batched moves between device and pinned host memory.
     Movement,
+    /// Blocks into slots and back, on the device and over the link.
+    Codec,
     /// The machine's own limits alone.
     Limits,
     /// The manager, on one thread of the processor.
@@ -134,6 +137,7 @@ impl Bench<'_> {
                 self.attention(PREFILL)?;
             }
             Suite::Movement => self.movement()?,
+            Suite::Codec => self.codecs()?,
             Suite::Manager => {
                 header();
                 manager::measure(trace, |row, timing| self.add(row, timing))?;
@@ -374,6 +378,46 @@ impl Bench<'_> {
                     };
                     self.add(row, timing);
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Every codec in every direction: inside the device, and between device and pinned memory.
+    fn codecs(&mut self) -> Result<()> {
+        let arenas = self.arenas()?;
+        self.memory_limits()?;
+        self.link_limits(&arenas)?;
+        drop(arenas);
+        header();
+        let bytes = self.scaled(128 << 20);
+        let filter = self.filter;
+        for codec in codec::CODECS {
+            let bed = codec::Bed::new(self.kernels, codec, bytes, &mut self.rng)?;
+            for case in codec::CASES {
+                let name = case.name(codec);
+                if !name.contains(filter) || case.ctas.is_some() && !self.device.is_cuda() {
+                    continue;
+                }
+                let Some(timing) = self.time(&name, |bench| {
+                    let work = bed.run(case)?;
+                    let timing = bench.measure(&work)?;
+                    work.check()?;
+                    Ok(Some(timing))
+                }) else {
+                    continue;
+                };
+                let gbps = bed.raw_bytes() / timing.us / 1e3;
+                let row = Row {
+                    case: name,
+                    ours: gbps,
+                    unit: "GB/s".to_owned(),
+                    gbps: Some(gbps),
+                    limit: case.limit(&self.report.limits, bed.slot_ratio()),
+                    goal: case.goal(codec),
+                    ..Row::default()
+                };
+                self.add(row, timing);
             }
         }
         Ok(())

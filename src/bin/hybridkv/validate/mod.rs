@@ -6,6 +6,7 @@ mod append;
 mod attention;
 mod bed;
 mod case;
+mod codec;
 mod large;
 mod merge;
 mod movement;
@@ -68,6 +69,8 @@ enum Suite {
     Append,
     /// Movement of fragments between device and host.
     Move,
+    /// Blocks into slots and back.
+    Codec,
 }
 
 impl Suite {
@@ -182,6 +185,10 @@ fn run(bed: &Bed, suite: Suite, index: u64, scale: Scale, rng: &mut Rng) -> Opti
         }
         Suite::Move => {
             let case = movement::Case::random(rng, 2 * scale.pool);
+            (case.name(), case.class(), case.run(bed, rng))
+        }
+        Suite::Codec => {
+            let case = codec::Case::random(rng, scale.pool);
             (case.name(), case.class(), case.run(bed, rng))
         }
     };

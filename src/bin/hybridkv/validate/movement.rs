@@ -11,7 +11,7 @@ use crate::random::Rng;
 
 /// Where a side of a move is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Place {
+pub enum Place {
     Device,
     Host,
 }
@@ -166,13 +166,14 @@ impl Case {
 }
 
 /// Memory on either side.
-enum Memory {
+pub enum Memory {
     Device(DeviceBuffer),
     Host(PinnedBuffer),
 }
 
 impl Memory {
-    fn new(bed: &Bed, place: Place, bytes: &[u8]) -> Result<Self> {
+    /// Memory that holds these bytes.
+    pub fn new(bed: &Bed, place: Place, bytes: &[u8]) -> Result<Self> {
         let device: &Device = &bed.device;
         Ok(match place {
             Place::Device => Self::Device(device.upload(bytes)?),
@@ -184,17 +185,30 @@ impl Memory {
         })
     }
 
-    fn address(&self) -> u64 {
+    /// Its address on the device.
+    pub fn address(&self) -> u64 {
         match self {
             Self::Device(buffer) => buffer.address(),
             Self::Host(buffer) => buffer.address(),
         }
     }
 
-    fn read(&self) -> Result<Vec<u8>> {
+    /// What it holds.
+    pub fn read(&self) -> Result<Vec<u8>> {
         match self {
             Self::Device(buffer) => buffer.download(),
             Self::Host(buffer) => Ok(buffer.as_slice().to_vec()),
         }
+    }
+
+    /// Overwrites what it holds from the start on, and waits.
+    pub fn write(&self, bed: &Bed, bytes: &[u8]) -> Result<()> {
+        let mut staging = bed.device.alloc_pinned(bytes.len())?;
+        staging.as_mut_slice().copy_from_slice(bytes);
+        // SAFETY: both live until the stream is synchronised.
+        unsafe {
+            bed.stream.as_ref().copy(staging.address(), self.address(), bytes.len())?;
+        }
+        bed.stream.as_ref().synchronize()
     }
 }
