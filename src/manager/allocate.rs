@@ -201,7 +201,7 @@ impl Manager {
             for b in group.needed(hit) {
                 let order = &mut self.device.pool.order;
                 if is_last_of_stride(b) && self.policy.remembers(g) {
-                    order.recall(tokens.hashes()[group.key_index(b)].key(g), row.get(b) != NULL);
+                    order.recall(tokens.hashes()[group.key_index(b)].key(g), b, row.get(b) != NULL);
                 }
                 if row.get(b) != NULL {
                     order.hit(row.get(b));
@@ -488,7 +488,7 @@ fn recall(
     };
     for last in (last_of_stride(b)..end).step_by(Order::STRIDE) {
         if policy.finds(group, boundaries, last) {
-            before = before.max(order.recall(hashes[group.key_index(last)].key(g), false));
+            before = before.max(order.recall(hashes[group.key_index(last)].key(g), last, false));
         }
     }
     Known { end, before }

@@ -33,7 +33,7 @@ impl Policy for Arc {
         2
     }
 
-    fn used(&mut self, key: u64, _: bool, _: &mut Lists) -> u8 {
+    fn used(&mut self, key: u64, _: usize, _: bool, _: &mut Lists) -> u8 {
         let Some(ghost) = self.ghosts.take(key, self.now) else { return 0 };
         // The list that is the smaller one learns faster.
         let step = |mine: u32, other: u32| Order::STRIDE as u32 * (other / mine.max(1)).clamp(1, 8);

@@ -49,21 +49,31 @@ impl History {
         size_of_val(self.lines.as_slice())
     }
 
+    /// Places of the first `lines` lines.
+    pub fn len(&self, lines: usize) -> usize {
+        self.lines.len().min(lines) * WAYS
+    }
+
+    /// What is remembered at a place.
+    pub fn info(&self, at: usize) -> u32 {
+        self.lines[at / WAYS][at % WAYS].data & INFO_MASK
+    }
+
     /// The line of a content.
     pub fn line(&self, key: u64) -> usize {
         // The low half of the key as a fraction of all lines; the high half tells contents apart.
         ((u64::from(key as u32) * self.lines.len() as u64) >> 32) as usize
     }
 
-    /// Writes a content down; `info`, not 0, follows from what is remembered of it.
+    /// Writes a content down; `info`, not 0, follows from what is remembered of it. Gives the place, and what was there.
     pub fn write(
         &mut self,
         key: u64,
         now: u32,
         info: impl FnOnce(Option<Memory>) -> u32,
-    ) -> Before {
-        let (line, tag) = (self.line(key), (key >> 32) as u32);
-        let line = &mut self.lines[line];
+    ) -> (usize, Before) {
+        let (number, tag) = (self.line(key), (key >> 32) as u32);
+        let line = &mut self.lines[number];
         let same = line.iter().position(|slot| slot.tag == tag && slot.data & INFO_MASK != 0);
         let at = same.unwrap_or_else(|| {
             let age = |slot: &Slot| match slot.data & INFO_MASK {
@@ -75,11 +85,12 @@ impl History {
         let old = (line[at].data & INFO_MASK != 0).then(|| memory(&line[at], now));
         let info = info(same.and(old)).min(INFO_MASK);
         line[at] = Slot { tag, data: (now & TIME_MASK) << INFO_BITS | info };
-        match (same, old) {
+        let before = match (same, old) {
             (_, None) => Before::Nothing,
             (Some(_), Some(memory)) => Before::Same(memory),
             (None, Some(memory)) => Before::Other(memory),
-        }
+        };
+        (number * WAYS + at, before)
     }
 
     /// Takes out what is remembered of a content.

@@ -6,7 +6,6 @@
 //! outlive tails. Every operation takes constant time, amortised; none allocates.
 
 mod arc;
-mod duel;
 mod fifo;
 mod history;
 mod lfu;
@@ -14,9 +13,11 @@ mod lists;
 mod lru;
 mod priority;
 mod reuse;
+mod shelves;
 mod slru;
 #[cfg(test)]
 mod tests;
+mod trial;
 
 use serde::Deserialize;
 
@@ -76,9 +77,9 @@ trait Policy: Send {
     /// Lists that it needs.
     fn lists(&self) -> usize;
 
-    /// The content named by `key` has been stored, or used where it lay (`hit`); gives the uses of it before that the policy
-    /// remembers of contents which the tier may have lost since.
-    fn used(&mut self, _key: u64, _hit: bool, _lists: &mut Lists) -> u8 {
+    /// The content named by `key` has been stored, or used where it lay: of a block with this index in its
+    /// sequence. Gives the uses of it before that the policy remembers of contents which the tier may have lost since.
+    fn used(&mut self, _key: u64, _index: usize, _hit: bool, _lists: &mut Lists) -> u8 {
         0
     }
 
@@ -149,10 +150,11 @@ impl Order {
         self.lists.bytes() + size_of_val(self.entries.as_slice()) + self.policy.bytes()
     }
 
-    /// Notes a use of the content `key`, which was there or not, and gives how often it has been used before, as far as the policy
-    /// remembers. Asked for one block in [`Self::STRIDE`] of a sequence, of which it is the last.
-    pub fn recall(&mut self, key: u64, hit: bool) -> u8 {
-        self.policy.used(key, hit, &mut self.lists)
+    /// Notes a use of the content `key` of the block of this index in its sequence, and gives how often it has
+    /// been used before, as far as the policy remembers. Asked for one block in [`Self::STRIDE`] of a sequence, of
+    /// which it is the last, from the start of the sequence on.
+    pub fn recall(&mut self, key: u64, index: usize, hit: bool) -> u8 {
+        self.policy.used(key, index, hit, &mut self.lists)
     }
 
     /// Blocks of a sequence that share one memory of their uses.

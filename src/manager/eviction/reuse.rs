@@ -7,24 +7,15 @@
 //! NSDI 2018). So conversations that came back stay longer than those that may not, a scan passes through
 //! without harm, of a loop that does not fit a part stays, and where nothing is learned yet it is LRU.
 //!
-//! Where reuse is such that the past tells the wrong thing, LRU takes over (`duel.rs`).
-//!
-//! A class is one list. Ages are octaves: a list joins the next older one in constant time when the clock,
-//! which counts releases, has a fitting number of trailing zeros.
+//! Where reuse is such that the past tells the wrong thing, the tier goes by age instead (`trial.rs`).
 
-use super::duel::Duel;
 use super::history::{Before, History, Memory};
+use super::shelves::{AGES, CLASSES, Ranks, Shelves, list};
+use super::trial::{Rule, Trial};
 use super::{Entry, Lists, POLICY, Policy};
-
-/// Uses that are told apart: 1, 2, 3, and 4 or more.
-const USES: usize = 4;
-const AGES: usize = 16;
-const LISTS: usize = USES * AGES;
 
 /// Ticks of the clock while as many blocks are released as the tier has.
 const TICKS_PER_TURNOVER: u32 = 256;
-/// Ticks for which LRU keeps what nobody uses, less what sequences in use take of the tier.
-const LRU_KEEPS: u32 = TICKS_PER_TURNOVER * 15 / 16;
 /// The worths are learned anew every so many ticks, and what was seen before counts for less by `DECAY`.
 const TICKS_PER_LESSON: u32 = 32;
 const DECAY: f64 = 0.995;
@@ -36,72 +27,62 @@ const PRIOR: f64 = 4.0;
 const PRIOR_USED: f64 = 0.25;
 
 pub(super) struct Reuse {
+    len: u32,
     history: History,
-    duel: Duel,
+    trial: Trial,
+    /// Index in its sequence of the block whose content was used last.
+    last: usize,
     /// Releases, and of them those per tick.
     clock: u64,
     unit: u64,
     now: u32,
     /// Per class and age: contents used again at that age, contents lost sight of.
-    used: [[f64; AGES]; USES],
-    lost: [[f64; AGES]; USES],
-    /// Lists by worth, the least first, and the rank of each.
-    ranked: [u8; LISTS],
-    rank: [u8; LISTS],
-    /// Ranks whose lists may hold something.
-    waiting: u64,
+    used: [[f64; AGES]; CLASSES],
+    lost: [[f64; AGES]; CLASSES],
+    shelves: Shelves,
+    /// In which order they are emptied, by [`Rule`].
+    ranks: [Ranks; 2],
 }
 
 impl Reuse {
     pub fn new(len: u32) -> Self {
+        let history = History::new(len);
         let mut reuse = Self {
-            history: History::new(len),
-            duel: Duel::default(),
+            len,
+            trial: Trial::new(history.len(SAMPLE_LINES)),
+            history,
+            last: 0,
             clock: 0,
             unit: u64::from(len / TICKS_PER_TURNOVER).max(1),
             now: 0,
-            used: [[0.0; AGES]; USES],
-            lost: [[0.0; AGES]; USES],
-            ranked: std::array::from_fn(|i| i as u8),
-            rank: std::array::from_fn(|i| i as u8),
-            waiting: 0,
+            used: [[0.0; AGES]; CLASSES],
+            lost: [[0.0; AGES]; CLASSES],
+            shelves: Shelves::new(POLICY),
+            ranks: [Ranks::by_age(), Ranks::by_age()],
         };
         reuse.learn();
         reuse
-    }
-
-    fn list(class: usize, age: usize) -> usize {
-        class * AGES + age
     }
 
     /// Every list whose blocks have come of age joins the next.
     fn tick(&mut self, lists: &mut Lists) {
         self.now = self.now.wrapping_add(1);
         let oldest = (self.now.trailing_zeros() as usize).min(AGES - 2);
-        for age in (0..=oldest).rev() {
-            for class in 0..USES {
-                let (from, to) = (Self::list(class, age), Self::list(class, age + 1));
-                let (from_bit, to_bit) = (1 << self.rank[from], 1 << self.rank[to]);
-                if self.waiting & from_bit != 0 {
-                    lists.append(POLICY + to, POLICY + from);
-                    self.waiting = self.waiting & !from_bit | to_bit;
-                }
-            }
-        }
+        self.shelves.tick(lists, &self.ranks[self.trial.rule() as usize], oldest);
+        self.trial.tick(oldest, &self.ranks);
         if self.now.is_multiple_of(TICKS_PER_LESSON) {
             self.learn();
         }
     }
 
     fn learn(&mut self) {
-        self.duel.judge();
         // Contents still in sight count as lost sight of now, for this once.
         let mut lost = self.lost;
         for memory in self.history.sample(SAMPLE_LINES, self.now) {
             lost[class(memory.info)][age(memory.age)] += 1.0;
         }
-        let mut worth = [0.0; LISTS];
-        for class in 0..USES {
+        let mut worth = [0.0; Shelves::LISTS];
+        for class in 0..CLASSES {
             let used = &mut self.used[class];
             let mut at_risk = [0.0; AGES];
             let mut left = 0.0;
@@ -113,61 +94,61 @@ impl Reuse {
                 (used[age] + PRIOR * PRIOR_USED) / (at_risk[age] + PRIOR)
             });
             for age in 0..AGES {
-                worth[Self::list(class, age)] = density(&share, age);
+                worth[list(class, age)] = density(&share, age);
                 used[age] *= DECAY;
                 self.lost[class][age] *= DECAY;
             }
         }
-        let occupied: [bool; LISTS] =
-            std::array::from_fn(|list| self.waiting >> self.rank[list] & 1 != 0);
-        // Of equal worth, the older first.
-        let lru = self.duel.lru_rules();
-        self.ranked.sort_by(|&a, &b| {
-            let by_worth = worth[usize::from(a)].total_cmp(&worth[usize::from(b)]);
-            let by_age = (usize::from(b) % AGES).cmp(&(usize::from(a) % AGES));
-            if lru { by_age.then(by_worth) } else { by_worth.then(by_age) }
-        });
-        for (rank, &list) in self.ranked.iter().enumerate() {
-            self.rank[usize::from(list)] = rank as u8;
+        let by_worth = &mut self.ranks[Rule::Worth as usize];
+        let old = std::mem::replace(by_worth, Ranks::by_worth(&worth));
+        self.trial.learned(self.unit * u64::from(TICKS_PER_LESSON), self.len, &old, by_worth);
+        if self.trial.rule() == Rule::Worth {
+            self.shelves.reranked(&old, by_worth);
         }
-        self.waiting = (0..LISTS)
-            .filter(|&list| occupied[list])
-            .fold(0, |bits, list| bits | 1 << self.rank[list]);
     }
 }
 
 impl Policy for Reuse {
     fn lists(&self) -> usize {
-        LISTS
+        Shelves::LISTS
     }
 
-    fn used(&mut self, key: u64, hit: bool, _: &mut Lists) -> u8 {
-        let sampled = self.history.line(key) < SAMPLE_LINES;
+    fn used(&mut self, key: u64, index: usize, hit: bool, _: &mut Lists) -> u8 {
+        if index <= std::mem::replace(&mut self.last, index) {
+            let rule = self.trial.rule();
+            self.trial.next_sequence(&self.ranks, &self.history);
+            if self.trial.rule() != rule {
+                let [old, new] = [rule, self.trial.rule()].map(|rule| &self.ranks[rule as usize]);
+                self.shelves.reranked(old, new);
+            }
+        }
         let mut before = 0;
-        let was = self.history.write(key, self.now, |memory| {
+        let (at, was) = self.history.write(key, self.now, |memory| {
             before = memory.map_or(0, |memory| memory.info);
             before + 1
         });
-        match was {
-            Before::Same(Memory { age: a, info }) if sampled => {
-                self.duel.used(a < LRU_KEEPS, hit);
-                self.used[class(info)][age(a)] += 1.0;
+        if self.history.line(key) < SAMPLE_LINES {
+            match was {
+                Before::Same(Memory { age: a, info }) => self.used[class(info)][age(a)] += 1.0,
+                Before::Other(Memory { age: a, info }) => {
+                    self.lost[class(info)][age(a)] += 1.0;
+                    self.trial.forget(at);
+                }
+                Before::Nothing => {}
             }
-            Before::Other(Memory { age: a, info }) if sampled => {
-                self.lost[class(info)][age(a)] += 1.0
-            }
-            _ => {}
+            self.trial.used(at, hit, &self.ranks);
         }
         before as u8
     }
 
     fn place(&mut self, id: u32, lists: &mut Lists, entries: &mut [Entry]) {
-        let entry = &entries[id as usize];
-        // Under LRU one class has them all, so that nothing but age ranks them.
-        let class = if self.duel.lru_rules() { 0 } else { class(entry.uses.into()) };
-        let list = Self::list(class, 0);
-        lists.push_back(POLICY + list, id);
-        self.waiting |= 1 << self.rank[list];
+        // Where nothing but age is to rank them, one class has them all.
+        let rule = self.trial.rule();
+        let class = match rule {
+            Rule::Age => 0,
+            Rule::Worth => class(entries[id as usize].uses.into()),
+        };
+        self.shelves.place(lists, &self.ranks[rule as usize], class, id);
         self.clock += 1;
         if self.clock.is_multiple_of(self.unit) {
             self.tick(lists);
@@ -175,28 +156,21 @@ impl Policy for Reuse {
     }
 
     fn next(&mut self, lists: &mut Lists) -> Option<u32> {
-        while self.waiting != 0 {
-            let rank = self.waiting.trailing_zeros() as usize;
-            match lists.front(POLICY + usize::from(self.ranked[rank])) {
-                Some(id) => return Some(id),
-                None => self.waiting &= self.waiting - 1,
-            }
-        }
-        None
+        self.shelves.next(lists, &self.ranks[self.trial.rule() as usize])
     }
 
     fn ranked(&self, rank: usize) -> usize {
-        POLICY + usize::from(self.ranked[rank])
+        POLICY + self.ranks[self.trial.rule() as usize].list(rank)
     }
 
     fn bytes(&self) -> usize {
-        self.history.bytes()
+        self.history.bytes() + self.trial.bytes()
     }
 }
 
 /// The class of a number of uses, which is what the history writes down.
-fn class(uses: u32) -> usize {
-    (uses.max(1) as usize - 1).min(USES - 1)
+pub(super) fn class(uses: u32) -> usize {
+    (uses.max(1) as usize - 1).min(CLASSES - 1)
 }
 
 /// The list in which blocks of an age in ticks stand: list `a` has those from 3/4 to 3/2 of `1 << a` on average.

@@ -296,7 +296,7 @@ impl SlotTier {
         };
         self.index.insert(Tag::new(group, &hash), slot);
         self.order.adopted(slot, source.entry);
-        self.remember(slot);
+        self.remember(slot, false);
         self.order.place(slot);
         if let Some(quotas) = &mut self.quotas {
             quotas.take(slot, source.tenant);
@@ -363,7 +363,7 @@ impl SlotTier {
     /// A block is used once more.
     pub fn hit(&mut self, slot: u32) {
         self.order.hit(slot);
-        self.remember(slot);
+        self.remember(slot, true);
         self.touch(slot);
     }
 
@@ -398,10 +398,10 @@ impl SlotTier {
     }
 
     /// Lets the policy learn from a use.
-    fn remember(&mut self, slot: u32) {
+    fn remember(&mut self, slot: u32, hit: bool) {
         let Slot { hash, group, index, .. } = *self.slot(slot);
         if is_last_of_stride(index as usize) {
-            self.order.recall(hash.key(group.into()), true);
+            self.order.recall(hash.key(group.into()), index as usize, hit);
         }
     }
 
