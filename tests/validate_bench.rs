@@ -59,9 +59,19 @@ fn every_suite_runs_and_reports() {
         assert!(report["limits"]["hbm_read_gbps"].as_f64().unwrap() > 0.0);
     }
     let movement = json(&folder.join("movement.json"));
-    let directions = ["h2d/4K", "d2h/4K", "d2d/4K", "h2d/256", "h2d/1M"];
+    let cases = [
+        "h2d/4K",
+        "d2h/4K",
+        "d2d/4K",
+        "h2d/256",
+        "h2d/1M",
+        "arena/2GiB",
+        "restore/scout-tp8/128K",
+        "restore+prefill/scout-tp8/128K",
+        "prefill+offload/scout-tp8/128K",
+    ];
     let rows = movement["rows"].as_array().unwrap();
-    assert!(directions.iter().all(|case| rows.iter().any(|row| row["case"] == *case)));
+    assert!(cases.iter().all(|case| rows.iter().any(|row| row["case"] == *case)));
     let limits = json(&folder.join("limits.json"));
     for name in ["copy_engine_h2d_gbps", "copy_engine_d2h_gbps", "copy_engine_d2d_gbps"] {
         assert!(limits["limits"][name].as_f64().unwrap() > 0.0, "{name}");
