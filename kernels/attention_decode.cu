@@ -58,11 +58,11 @@ class Decode {
   using State = WarpState<kDim, kQueryTiles>;
   using Tiles = KeyTiles<kSliceTokens>;
   static constexpr int kKeyTiles = kSliceTokens / 16;
+  static constexpr bool kOneTile = kKeyTiles * kQueryTiles == 1;
   static constexpr int kSteps = Layout::kRowBytes / 32;
   static constexpr int kFragments = Keys::kFragments;
   static constexpr int kParts = Element<Operand>::kWeightParts;
   static constexpr int kRows = 8 * kQueryTiles;
-  static constexpr int kVectors = kDim / 4;  // pieces of a row
   // Rows of a warp's output in shared memory, in floats: padded so that the lanes' writes do not
   // collide.
   static constexpr int kPitch = kDim + 4;
@@ -70,15 +70,16 @@ class Decode {
   static_assert(Ring::kBytes <= kRingBytes, "the ring must fit");
   static_assert(kRows * kPitch * 4 <= kRingBytes, "a warp's output takes the place of its ring");
 
+  // States are merged by the row: rows w, w + 4, ... by warp w, dims by lanes.
+  using Row = LaneRow<kDim / 32>;
+  using Dims = typename Row::Dims;
+  static constexpr int kWarpRows = kRows / kDecodeWarps;
   // A part's state in the workspace, of which rows that are not there are left out: bases in log2
   // units and sums of all rows, then outputs.
   struct PartState {
     float2 sums[kRows];
-    float4 output[kRows][kVectors];
+    Dims output[kRows][32];
   };
-  // Rows of parts that a warp merges at a time, and a lane's pieces of them.
-  static constexpr int kMergeRows = kRows < 256 / kVectors ? kRows : 256 / kVectors;
-  static constexpr int kMergePieces = kMergeRows * kVectors / 32;
 
   // What lies beside the rings: what a warp seldom needs while keys stream, for registers are
   // scarce then, and what the warps tell each other.
@@ -158,15 +159,18 @@ class Decode {
     const int lane = threadIdx.x % 32;
     const int first = span.begin + threadIdx.x / 32;
     const bool scaled_tokens = Keys::kScaled && scales.per_token();
-    // Scales of tokens come through L1, where a line that was read early would stay.
     const QueryRows& rows = meeting.rows;
+    // Scales of tokens come through L1, where a line that was read early would stay.
     const int32_t settled_end = scaled_tokens ? 0 : rows.first_position();
     Ring ring(ring_shared, scale_ring, table, scales, tiles, first, span.end, settled_end);
     follow_predecessor();
 
     uint32_t query[kQueryTiles][kDim / 16][2];
     float sm_scale = p.sm_scale * load_queries(p, rows, row0, query);
-    if (Keys::kScaled) sm_scale *= scales.of_keys();
+    if (Keys::kScaled) {
+      scales.prefetch_values();
+      sm_scale *= scales.of_keys();
+    }
     const LogitScale scale(sm_scale, p.logits_soft_cap);
     // This lane's row of the matrices of K (keys x dims) and of V (to be transposed).
     const uint32_t key_lane = Layout::offset(lane % 16, lane / 16);
@@ -175,6 +179,7 @@ class Decode {
     for (int32_t slice = first; slice < span.end; slice += kDecodeWarps) {
       const uint32_t keys = ring.next_keys() + key_lane;
       float score[kKeyTiles][kQueryTiles][4] = {};
+      float odd_score[4] = {};  // of odd steps, where there is but one tile: two chains of products
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -187,10 +192,15 @@ class Decode {
             const int d = step * kFragments + f;
 #pragma unroll
             for (int qt = 0; qt < kQueryTiles; ++qt) {
-              Element<Operand>::mma(score[kt][qt], a[f], query[qt][d][0], query[qt][d][1]);
+              Element<Operand>::mma(kOneTile && d % 2 == 1 ? odd_score : score[kt][qt], a[f],
+                                    query[qt][d][0], query[qt][d][1]);
             }
           }
         }
+      }
+      if constexpr (kOneTile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) score[0][0][i] += odd_score[i];
       }
       float value_scale[kKeyTiles][2];
       if (scaled_tokens) {
@@ -368,8 +378,8 @@ class Decode {
     const DecodeShare& share = meeting.share;
     const int num_rows = min(rows.count() - row0, kRows);
     if (num_rows <= 0) return;
-    const auto into_output = [&](int row, int vector, const RowPiece& piece) {
-      put_result(p, rows, row0 + row, vector * 4, piece);
+    const auto into_output = [&](int row, const Row& state) {
+      put_result(p, rows, row0 + row, state);
     };
     if (share.parts == 1) return merge_warps(shared, meeting, num_rows, into_output);
 
@@ -378,9 +388,10 @@ class Decode {
         (share.entry - share.part) * static_cast<int64_t>(p.num_kv_heads) + share.kv_head;
     PartState* const states = reinterpret_cast<PartState*>(p.partial_out) + first;
     PartState& own = states[share.part * p.num_kv_heads];
-    merge_warps(shared, meeting, num_rows, [&](int row, int vector, const RowPiece& piece) {
-      own.output[row][vector] = piece.output;
-      if (vector == 0) own.sums[row] = make_float2(piece.base, piece.sum);
+    const int lane = threadIdx.x % 32;
+    merge_warps(shared, meeting, num_rows, [&](int row, const Row& state) {
+      own.output[row][lane] = state.output;
+      if (lane == 0) own.sums[row] = make_float2(state.base, state.sum);
     });
     __syncthreads();  // the state has been written
     if (threadIdx.x == 0) {
@@ -388,112 +399,113 @@ class Decode {
       if (meeting.is_last) p.arrivals[first] = 0;
     }
     __syncthreads();
-    if (!meeting.is_last) return;
-    for (int first_row = 0; first_row < num_rows; first_row += kMergeRows) {
-      const int count = min(num_rows - first_row, kMergeRows);
-      if (first_row > 0) __syncthreads();  // the last states have been read
-      merge_parts(states, p.num_kv_heads, share.parts, first_row, count, shared, meeting);
-      __syncthreads();
-      merge_warps(shared, meeting, count, [&](int row, int vector, const RowPiece& piece) {
-        put_result(p, rows, row0 + first_row + row, vector * 4, piece);
-      });
+    if (meeting.is_last) {
+      merge_parts(states, p.num_kv_heads, share.parts, num_rows, shared, into_output);
     }
   }
 
-  // Merges the warps' states in shared memory and gives the pieces of the first rows to `put`.
+  // Merges the warps' states in shared memory and gives the first rows to `put`.
   template <typename Put>
   __device__ static void merge_warps(const uint8_t* shared, const Meeting& meeting, int num_rows,
                                      Put put) {
-    for (int i = threadIdx.x; i < num_rows * kVectors; i += HKV_DECODE_THREADS) {
-      const int row = i / kVectors;
-      const int vector = i % kVectors;
-      RowPiece piece[kDecodeWarps];
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    Row merged[kWarpRows];
+#pragma unroll
+    for (int u = 0; u < kWarpRows; ++u) {
+      const int row = u * kDecodeWarps + warp;
+      float2 sums[kDecodeWarps];
+      float top = -INFINITY;
 #pragma unroll
       for (int w = 0; w < kDecodeWarps; ++w) {
-        const float* output = reinterpret_cast<const float*>(shared + w * kRingBytes);
-        piece[w] = RowPiece(meeting.sums[w][row],
-                            reinterpret_cast<const float4*>(output + row * kPitch)[vector]);
+        sums[w] = meeting.sums[w][row];
+        top = fmaxf(top, sums[w].x);
       }
-      RowPiece merged;
-      merged.add(piece);
-      put(row, vector, merged);
+      merged[u].raise(top);
+#pragma unroll
+      for (int w = 0; w < kDecodeWarps; ++w) {
+        const float share = rescale(sums[w].x, top);
+        const float* output = reinterpret_cast<const float*>(shared + w * kRingBytes);
+        merged[u].sum = fmaf(share, sums[w].y, merged[u].sum);
+        merged[u].add(share, reinterpret_cast<const Dims*>(output + row * kPitch)[lane]);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kWarpRows; ++u) {
+      const int row = u * kDecodeWarps + warp;
+      if (row < num_rows) put(row, merged[u]);
     }
   }
 
-  // Merges the states of the parts w, w + 4, ... into the state of warp w in shared memory, for
-  // `num_rows` rows from `first_row` on. They come through the warp's ring, as many at a time as
-  // fit: all their loads are in flight together.
+  // Merges the states of the parts, `stride` apart, in their order, and gives the first rows to
+  // `put`. They come through shared memory, of as many parts at a time as fit, and a warp waits for
+  // its own rows alone; lane n has the sums of part n.
+  template <typename Put>
   __device__ static void merge_parts(const PartState* states, int64_t stride, int parts,
-                                     int first_row, int num_rows, uint8_t* shared,
-                                     Meeting& meeting) {
-    constexpr int kSumsBytes = sizeof(float2) * kMergeRows;
-    constexpr int kBatch = kCtas > 2 ? 4 : 8;  // what registers reach for
+                                     int num_rows, uint8_t* shared, Put put) {
+    constexpr int kRowBytes = sizeof(PartState::output[0]);
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
-    const int pieces = num_rows * kVectors;
-    const int staged_bytes = kSumsBytes + pieces * static_cast<int>(sizeof(float4));
-    const int at_once = kRingBytes / staged_bytes;
-    uint8_t* const ring = shared + warp * kRingBytes;
-    const uint32_t ring_shared = static_cast<uint32_t>(__cvta_generic_to_shared(ring));
-    RowPiece merged[kMergePieces];
-    for (int first = warp; first < parts; first += at_once * kDecodeWarps) {
-      const int count = min(at_once, (parts - first + kDecodeWarps - 1) / kDecodeWarps);
-      for (int n = 0; n < count; ++n) {
-        const PartState& state = states[(first + n * kDecodeWarps) * stride];
-        const uint32_t to = ring_shared + n * staged_bytes + lane * 16;
-        if (lane * 16 < kSumsBytes) cp_async_16(to, &state.sums[first_row + lane * 2], true);
-#pragma unroll(kCtas > 2 ? 1 : kMergePieces)
-        for (int u = 0; u < kMergePieces; ++u) {
-          const int i = lane + u * 32;
-          if (i < pieces) cp_async_16(to + kSumsBytes + u * 512, state.output[first_row] + i, true);
+    const int at_once = min(Tune::kSharedBytes / (num_rows * kRowBytes), 32);
+    const uint32_t staged_shared = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    Row merged[kWarpRows];
+    for (int first = 0; first < parts; first += at_once) {
+      const int count = min(parts - first, at_once);
+      const PartState* const group = states + first * stride;
+      float2 sums[kWarpRows];
+#pragma unroll
+      for (int u = 0; u < kWarpRows; ++u) {
+        const int row = u * kDecodeWarps + warp;
+        if (row >= num_rows) break;
+        sums[u] = make_float2(-INFINITY, 0.0f);
+        if (lane < count) sums[u] = __ldcg(&group[lane * stride].sums[row]);
+        const uint32_t to = staged_shared + row * at_once * kRowBytes;
+        for (int n = 0; n < count; ++n) {
+          const uint8_t* from = reinterpret_cast<const uint8_t*>(group[n * stride].output[row]);
+#pragma unroll
+          for (int at = lane * 16; at < kRowBytes; at += 512) {
+            cp_async_16(to + n * kRowBytes + at, from + at, true);
+          }
         }
       }
       cp_async_commit();
+      float share[kWarpRows];
+#pragma unroll
+      for (int u = 0; u < kWarpRows; ++u) {
+        if (u * kDecodeWarps + warp < num_rows) share[u] = merged[u].take_sums(sums[u]);
+      }
       cp_async_wait<0>();
       __syncwarp();  // all lanes' copies have landed
-      for (int n0 = 0; n0 < count; n0 += kBatch) {
 #pragma unroll
-        for (int u = 0; u < kMergePieces; ++u) {
-          const int i = lane + u * 32;
-          if (i >= pieces) break;
-          RowPiece piece[kBatch];
-#pragma unroll
-          for (int n = 0; n < kBatch; ++n) {
-            const uint8_t* staged = ring + min(n0 + n, count - 1) * staged_bytes;
-            piece[n] = RowPiece(reinterpret_cast<const float2*>(staged)[i / kVectors],
-                                reinterpret_cast<const float4*>(staged + kSumsBytes)[i]);
-            if (n0 + n >= count) piece[n].base = -INFINITY;
-          }
-          merged[u].add(piece);
+      for (int u = 0; u < kWarpRows; ++u) {
+        const int row = u * kDecodeWarps + warp;
+        if (row >= num_rows) break;
+        const Dims* staged = reinterpret_cast<const Dims*>(shared + row * at_once * kRowBytes);
+#pragma unroll 4
+        for (int n = 0; n < count; ++n) {
+          merged[u].add(__shfl_sync(kFullWarp, share[u], n), staged[n * 32 + lane]);
         }
       }
-      __syncwarp();  // the ring may be filled again
+      __syncwarp();  // the next may take their place
     }
-    float4* const output = reinterpret_cast<float4*>(ring);
 #pragma unroll
-    for (int u = 0; u < kMergePieces; ++u) {
-      const int i = lane + u * 32;
-      if (i >= pieces) break;
-      output[i / kVectors * (kPitch / 4) + i % kVectors] = merged[u].output;
-      if (i % kVectors == 0) {
-        meeting.sums[warp][i / kVectors] = make_float2(merged[u].base, merged[u].sum);
-      }
+    for (int u = 0; u < kWarpRows; ++u) {
+      const int row = u * kDecodeWarps + warp;
+      if (row < num_rows) put(row, merged[u]);
     }
   }
 
-  // Closes 4 dims of a row and writes them to the output.
+  // Closes a row and writes it to the output.
   __device__ static void put_result(const hkv_attention_params& p, const QueryRows& rows,
-                                    int32_t row, int dim, const RowPiece& piece) {
+                                    int32_t row, const Row& state) {
+    const int lane = threadIdx.x % 32;
     const int64_t token = rows.token(row);
     const int32_t head = rows.head(row);
-    const ClosedRow closed(piece.base, piece.sum,
+    const ClosedRow closed(state.base, state.sum,
                            p.sink_logits == nullptr ? -INFINITY : p.sink_logits[head]);
-    const float4& o = piece.output;
     T* out = static_cast<T*>(p.out) + token * p.out_stride_token + head * p.out_stride_head;
-    *reinterpret_cast<uint2*>(out + dim) =
-        make_uint2(Element<T>::pack(o.x * closed.scale, o.y * closed.scale),
-                   Element<T>::pack(o.z * closed.scale, o.w * closed.scale));
-    if (dim == 0 && p.lse != nullptr) p.lse[token * p.num_qo_heads + head] = closed.lse;
+    state.template put<T>(closed.scale, out + lane * (kDim / 32));
+    if (lane == 0 && p.lse != nullptr) p.lse[token * p.num_qo_heads + head] = closed.lse;
   }
 };
 

@@ -1,8 +1,9 @@
 // The work lists of a decode batch: which sequences are cut into how many parts.
 //
-// Grid: one CTA per window class. A thread counts the visible tokens of up to kSeqsPerThread
-// neighbouring sequences. Their sum gives the share, the share the number of parts of each, and
-// prefix sums the places of the parts in the list; all entries are then written side by side.
+// Grid: one CTA per window class, of 1024 threads at most. A thread counts the visible tokens of up
+// to kSeqsPerThread neighbouring sequences. Their sum gives the share, the share the number of
+// parts of each, and prefix sums the places of the parts in the list; all entries are then written
+// side by side.
 //
 // parts     [num_parts]                   written: parts of cut sequences, whole ones, empty ones
 // arrivals  [cut parts, Hk]               zeroed
@@ -13,11 +14,11 @@
 namespace hkv {
 namespace {
 
-constexpr int kThreads = HKV_PLAN_THREADS;
-constexpr int kWarps = kThreads / 32;
-constexpr int kSeqsPerThread = HKV_PLAN_MAX_SEQS / kThreads;
+constexpr int kMaxThreads = HKV_PLAN_THREADS;
+constexpr int kMaxWarps = kMaxThreads / 32;
+constexpr int kSeqsPerThread = HKV_PLAN_MAX_SEQS / kMaxThreads;
 constexpr unsigned kFullWarp = 0xffffffffu;
-static_assert(kWarps == 32, "a warp holds a value of every warp");
+static_assert(kMaxWarps <= 32, "a warp holds a value of every warp");
 
 // How many entries of the list go to parts of cut sequences and to whole ones, in one word: sums of
 // both are one sum.
@@ -45,18 +46,25 @@ __device__ __forceinline__ uint64_t sum_of_warp(uint64_t x) {
   return (high << 16) + __reduce_add_sync(kFullWarp, static_cast<uint32_t>(x & 0xffff));
 }
 
+// The value of the warp whose number is this lane's, 0 where there is none.
+template <typename T>
+__device__ __forceinline__ T of_warp(const T (&values)[kMaxWarps]) {
+  const int lane = threadIdx.x % 32;
+  return lane < blockDim.x / 32 ? values[lane] : 0;
+}
+
 // The sum over the CTA. Whole CTA.
 __device__ __forceinline__ uint64_t sum_of_cta(uint64_t x) {
-  __shared__ uint64_t warp_sum[kWarps];
+  __shared__ uint64_t warp_sum[kMaxWarps];
   x = sum_of_warp(x);
   if (threadIdx.x % 32 == 0) warp_sum[threadIdx.x / 32] = x;
   __syncthreads();
-  return sum_of_warp(warp_sum[threadIdx.x % 32]);
+  return sum_of_warp(of_warp(warp_sum));
 }
 
 // The sum over the threads before this one, and that over the CTA. Whole CTA.
 __device__ __forceinline__ uint32_t sum_before(uint32_t x, uint32_t* all) {
-  __shared__ uint32_t warp_sum[kWarps];
+  __shared__ uint32_t warp_sum[kMaxWarps];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   uint32_t scan = x;
@@ -67,7 +75,7 @@ __device__ __forceinline__ uint32_t sum_before(uint32_t x, uint32_t* all) {
   }
   if (lane == 31) warp_sum[warp] = scan;
   __syncthreads();
-  const uint32_t other = warp_sum[lane];
+  const uint32_t other = of_warp(warp_sum);
   *all = __reduce_add_sync(kFullWarp, other);
   return __reduce_add_sync(kFullWarp, lane < warp ? other : 0u) + scan - x;
 }
@@ -79,7 +87,8 @@ class Planner {
     grid_dependency_wait();
     grid_dependency_launch();
     const hkv_plan_class& list = p.classes[blockIdx.x];
-    const int32_t per_thread = (p.num_seqs + kThreads - 1) / kThreads;
+    const int32_t threads = blockDim.x;
+    const int32_t per_thread = (p.num_seqs + threads - 1) / threads;
     const int32_t first = threadIdx.x * per_thread;
     const int32_t count = min(max(p.num_seqs - first, 0), per_thread);
 
@@ -111,17 +120,17 @@ class Planner {
     if (threadIdx.x == 0) cut_before[p.num_seqs] = all.cut();
     __syncthreads();
 
-    for (int32_t entry = threadIdx.x; entry < all.cut(); entry += kThreads) {
+    for (int32_t entry = threadIdx.x; entry < all.cut(); entry += threads) {
       const int32_t seq = owner(cut_before, p.num_seqs, entry);
       const int32_t begin = cut_before[seq];
       write(list, entry, seq, entry - begin, cut_before[seq + 1] - begin);
     }
     const int32_t used = all.cut() + all.whole();
-    for (int32_t entry = used + threadIdx.x; entry < list.num_parts; entry += kThreads) {
+    for (int32_t entry = used + threadIdx.x; entry < list.num_parts; entry += threads) {
       write(list, entry, 0, 0, 0);
     }
     const int64_t arrivals = int64_t{all.cut()} * list.num_kv_heads;
-    for (int64_t i = threadIdx.x; i < arrivals; i += kThreads) list.arrivals[i] = 0;
+    for (int64_t i = threadIdx.x; i < arrivals; i += threads) list.arrivals[i] = 0;
   }
 
  private:

@@ -6,6 +6,7 @@
 #define HYBRIDKV_POLICY_KV_SCALES_CUH_
 
 #include "../abi/params.h"
+#include "../ptx/cp_async.cuh"
 #include "block_table.cuh"
 
 namespace hkv {
@@ -28,6 +29,9 @@ class KvScales {
   // The scale that all keys (values) share; 1 where each token has its own.
   __device__ float of_keys() const { return per_token() ? 1.0f : __ldg(keys_); }
   __device__ float of_values() const { return per_token() ? 1.0f : __ldg(values_); }
+
+  // Brings the scale that all values share nearer.
+  __device__ void prefetch_values() const { prefetch_l1(values_); }
 
   // Where the scales of a token of a block lie.
   __device__ const float* key(int32_t block_id, int32_t token) const {

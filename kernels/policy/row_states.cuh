@@ -3,6 +3,7 @@
 #ifndef HYBRIDKV_POLICY_ROW_STATES_CUH_
 #define HYBRIDKV_POLICY_ROW_STATES_CUH_
 
+#include "element.cuh"
 #include "kv_scales.cuh"
 #include "softmax_state.cuh"
 
@@ -96,35 +97,62 @@ struct WarpState {
   }
 };
 
-// 4 neighbouring dims of the state of a row: output sums, base in log2 units, sum of weights.
-struct RowPiece {
+// A row's state, spread over a warp: lane l has the dims from l * kDims on; base in log2 units, sum
+// of weights.
+template <int kDims>
+struct LaneRow {
+  struct alignas(kDims < 4 ? 8 : 16) Dims {
+    float value[kDims];
+  };
+
   float base = -INFINITY;
   float sum = 0.0f;
-  float4 output = {};
+  Dims output = {};
 
-  RowPiece() = default;
-  __device__ RowPiece(const float2& sums, const float4& output)
-      : base(sums.x), sum(sums.y), output(output) {}
-
-  // Takes in the pieces of other keys, in their order.
-  template <int kCount>
-  __device__ void add(const RowPiece (&others)[kCount]) {
-    float top = base;
-#pragma unroll
-    for (int n = 0; n < kCount; ++n) top = fmaxf(top, others[n].base);
-    const float keep = rescale(base, top);
-    base = top;
+  // Moves the base up to that of other keys' states.
+  __device__ void raise(float top) {
+    const float higher = fmaxf(base, top);
+    const float keep = rescale(base, higher);
+    base = higher;
     sum *= keep;
-    output = make_float4(output.x * keep, output.y * keep, output.z * keep, output.w * keep);
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      const float share = rescale(others[n].base, top);
-      sum = fmaf(share, others[n].sum, sum);
-      output.x = fmaf(share, others[n].output.x, output.x);
-      output.y = fmaf(share, others[n].output.y, output.y);
-      output.z = fmaf(share, others[n].output.z, output.z);
-      output.w = fmaf(share, others[n].output.w, output.w);
+    for (int i = 0; i < kDims; ++i) output.value[i] *= keep;
+  }
+
+  // Takes in the bases and sums of 32 states, one per lane, and gives this lane's what its output
+  // is to be added with. Whole warp.
+  __device__ float take_sums(const float2& sums) {
+    float top = sums.x;
+#pragma unroll
+    for (int delta = 16; delta > 0; delta /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, delta));
+    raise(top);
+    const float share = rescale(sums.x, base);
+    float total = share * sums.y;
+#pragma unroll
+    for (int delta = 16; delta > 0; delta /= 2) total += __shfl_xor_sync(~0u, total, delta);
+    sum += total;
+    return share;
+  }
+
+  __device__ void add(float share, const Dims& other) {
+#pragma unroll
+    for (int i = 0; i < kDims; ++i) {
+      output.value[i] = fmaf(share, other.value[i], output.value[i]);
     }
+  }
+
+  // Writes the output times `scale`.
+  template <typename T>
+  __device__ void put(float scale, T* out) const {
+    struct alignas(kDims * 2) Words {
+      uint32_t pair[kDims / 2];
+    } words;
+#pragma unroll
+    for (int i = 0; i < kDims / 2; ++i) {
+      words.pair[i] =
+          Element<T>::pack(output.value[2 * i] * scale, output.value[2 * i + 1] * scale);
+    }
+    *reinterpret_cast<Words*>(out) = words;
   }
 };
 

@@ -127,7 +127,7 @@ class SliceRing {
 #pragma unroll
       for (int r = 0; r < kGroupTokens; r += kRowsPerCopy) {
         cp_async_16(half + Layout::offset(group * kGroupTokens + r + row, chunk), src,
-                    tile_.holds(token + r + row));
+                    tile_.holds(token + r + row), policy_);
         src += kRowsPerCopy * table_.stride_token();
       }
     }
@@ -159,6 +159,7 @@ class SliceRing {
   int32_t block_id_;
   int32_t prefetched_id_;
   int32_t lane_;
+  const uint64_t policy_ = evict_first_policy();  // nothing else wants these bytes soon
   int32_t read_ = 0;
   int32_t write_ = 0;
   int32_t scale_read_ = 0;

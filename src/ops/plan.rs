@@ -155,7 +155,8 @@ impl Kernels {
                 count += 1;
             }
         }
-        let mut config = LaunchConfig::linear(count as u32, abi::HKV_PLAN_THREADS);
+        let threads = batch.num_seqs.next_multiple_of(32).clamp(128, abi::HKV_PLAN_THREADS);
+        let mut config = LaunchConfig::linear(count as u32, threads);
         if device.compute_capability >= (9, 0) {
             config = config.with_overlap();
         }

@@ -16,6 +16,8 @@ use crate::random::Rng;
 const OP: &str = "bench";
 /// Memory that is left alone.
 const HEADROOM: u64 = 2 << 30;
+/// Launches in a graph at least: a layer's time is what it takes among others.
+const LAYERS_OF_A_STEP: usize = 16;
 
 /// What is attended, and how often it is submitted.
 pub struct Batch<'a> {
@@ -247,6 +249,10 @@ impl Workload for Attention<'_> {
         self.calls.len() / self.layers_per_round
     }
 
+    fn submissions(&self) -> usize {
+        if self.layers_per_round > 1 { self.rounds() } else { LAYERS_OF_A_STEP.max(self.rounds()) }
+    }
+
     fn submit(&self, round: usize, stream: StreamRef<'_>) -> Result<()> {
         let calls = self.calls.chunks(self.layers_per_round).nth(round).unwrap_or_default();
         // A whole step begins with its plan. A single layer is one of many that share one.
@@ -325,6 +331,10 @@ impl<'a> BlockReads<'a> {
 impl Workload for BlockReads<'_> {
     fn rounds(&self) -> usize {
         self.attention.calls.len()
+    }
+
+    fn submissions(&self) -> usize {
+        LAYERS_OF_A_STEP.max(self.rounds())
     }
 
     fn submit(&self, round: usize, stream: StreamRef<'_>) -> Result<()> {

@@ -11,6 +11,12 @@ pub trait Workload {
     /// Submissions after which the memory repeats.
     fn rounds(&self) -> usize;
 
+    /// Submissions that a timing holds at least, so that its start and its end do not count where they would not
+    /// in the work's real place.
+    fn submissions(&self) -> usize {
+        self.rounds()
+    }
+
     /// Submits round `round`; it lasts until the stream has passed it.
     ///
     /// # Errors
@@ -34,8 +40,8 @@ pub struct Timing {
     pub samples: usize,
 }
 
-/// Runs all rounds of `work` once for warm-up, then again and again for about `seconds` (5 times at
-/// least). Every sample is the mean over the rounds. `meanwhile` is called while the device is busy.
+/// Runs all rounds of `work` for warm-up, then again and again for about `seconds` (5 times at
+/// least). Every sample is the mean over its submissions. `meanwhile` is called while the device is busy.
 pub fn measure(
     device: &Device,
     work: &dyn Workload,
@@ -44,8 +50,10 @@ pub fn measure(
 ) -> Result<Timing> {
     let stream = device.stream()?;
     let stream = stream.as_ref();
+    let rounds = work.rounds().max(1);
+    let submissions = work.submissions().next_multiple_of(rounds);
     let all_rounds = |stream: StreamRef<'_>| -> Result<()> {
-        (0..work.rounds()).try_for_each(|round| work.submit(round, stream))
+        (0..submissions).try_for_each(|n| work.submit(n % rounds, stream))
     };
     let graph = if device.is_cuda() && work.in_graph() {
         Some(Graph::capture(stream, all_rounds)?)
@@ -92,7 +100,7 @@ pub fn measure(
     let at = |quantile: f64| times[((times.len() - 1) as f64 * quantile).round() as usize];
     let median = at(0.5);
     Ok(Timing {
-        us: median / work.rounds() as f64,
+        us: median / submissions as f64,
         spread: (at(0.9) - at(0.1)) / median,
         samples: times.len(),
     })
