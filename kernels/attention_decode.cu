@@ -47,12 +47,12 @@ namespace {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-template <typename T, typename Kv, int kDim, int kQueryTiles>
+template <typename T, typename Kv, int kDim, int kQueryTiles, bool kNarrow>
 class Decode {
   using Keys = KvElement<Kv>;
   using Operand = typename Keys::Operand;
   using Layout = Swizzle<kDim * sizeof(Kv)>;
-  using Tune = DecodeTuning<Kv, kDim, kQueryTiles>;
+  using Tune = DecodeTuning<Kv, kDim, kQueryTiles, kNarrow>;
   static constexpr int kSliceTokens = Tune::kSliceTokens;
   using Ring = SliceRing<Kv, kDim, kSliceTokens, kDecodeWarps, Tune::kInFlightBytes>;
   using State = WarpState<kDim, kQueryTiles>;
@@ -512,21 +512,26 @@ class Decode {
 }  // namespace
 }  // namespace hkv
 
-#define HKV_DECODE_KERNEL(name, type, kv, dim, query_tiles)                                    \
-  extern "C" __global__ void __launch_bounds__(HKV_DECODE_THREADS,                             \
-                                               hkv::Decode<type, kv, dim, query_tiles>::kCtas) \
-      name(const __grid_constant__ hkv_attention_params p) {                                   \
-    hkv::Decode<type, kv, dim, query_tiles>::run(p);                                           \
+#define HKV_DECODE_KERNEL(name, type, kv, dim, query_tiles, narrow)               \
+  extern "C" __global__ void __launch_bounds__(                                   \
+      HKV_DECODE_THREADS, hkv::Decode<type, kv, dim, query_tiles, narrow>::kCtas) \
+      name(const __grid_constant__ hkv_attention_params p) {                      \
+    hkv::Decode<type, kv, dim, query_tiles, narrow>::run(p);                      \
   }
 // Registers do not reach for 16 rows of 256 dims.
-#define HKV_DECODE(name, type, kv)                     \
-  HKV_DECODE_KERNEL(name##_d64_r8, type, kv, 64, 1)    \
-  HKV_DECODE_KERNEL(name##_d64_r16, type, kv, 64, 2)   \
-  HKV_DECODE_KERNEL(name##_d128_r8, type, kv, 128, 1)  \
-  HKV_DECODE_KERNEL(name##_d128_r16, type, kv, 128, 2) \
-  HKV_DECODE_KERNEL(name##_d256_r8, type, kv, 256, 1)
+#define HKV_DECODE(name, type, kv)                            \
+  HKV_DECODE_KERNEL(name##_d64_r8, type, kv, 64, 1, false)    \
+  HKV_DECODE_KERNEL(name##_d64_r16, type, kv, 64, 2, false)   \
+  HKV_DECODE_KERNEL(name##_d128_r8, type, kv, 128, 1, false)  \
+  HKV_DECODE_KERNEL(name##_d128_r16, type, kv, 128, 2, false) \
+  HKV_DECODE_KERNEL(name##_d256_r8, type, kv, 256, 1, false)
+#define HKV_DECODE_NARROW(name, type)                                   \
+  HKV_DECODE_KERNEL(name##_d64_r8_narrow, type, hkv::E4m3, 64, 1, true) \
+  HKV_DECODE_KERNEL(name##_d128_r8_narrow, type, hkv::E4m3, 128, 1, true)
 
 HKV_DECODE(hkv_attention_decode_bf16, __nv_bfloat16, __nv_bfloat16)
 HKV_DECODE(hkv_attention_decode_f16, __half, __half)
 HKV_DECODE(hkv_attention_decode_bf16_e4m3, __nv_bfloat16, hkv::E4m3)
 HKV_DECODE(hkv_attention_decode_f16_e4m3, __half, hkv::E4m3)
+HKV_DECODE_NARROW(hkv_attention_decode_bf16_e4m3, __nv_bfloat16)
+HKV_DECODE_NARROW(hkv_attention_decode_f16_e4m3, __half)

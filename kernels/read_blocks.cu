@@ -20,9 +20,9 @@
 namespace hkv {
 namespace {
 
-template <typename Kv, int kDim>
+template <typename Kv, int kDim, bool kNarrow>
 class ReadBlocks {
-  using Tune = DecodeTuning<Kv, kDim, 1>;
+  using Tune = DecodeTuning<Kv, kDim, 1, kNarrow>;
   static constexpr int kSliceTokens = Tune::kSliceTokens;
   static constexpr int kHalfBytes = kSliceTokens * kDim * static_cast<int>(sizeof(Kv));
   using Ring = SliceRing<Kv, kDim, kSliceTokens, kDecodeWarps, Tune::kInFlightBytes>;
@@ -81,16 +81,18 @@ class ReadBlocks {
 }  // namespace
 }  // namespace hkv
 
-#define HKV_READ_BLOCKS_KERNEL(name, kv, dim)                                   \
-  extern "C" __global__ void __launch_bounds__(HKV_DECODE_THREADS,              \
-                                               hkv::ReadBlocks<kv, dim>::kCtas) \
-      name(const __grid_constant__ hkv_read_blocks_params p) {                  \
-    hkv::ReadBlocks<kv, dim>::run(p);                                           \
+#define HKV_READ_BLOCKS_KERNEL(name, kv, dim, narrow)                                   \
+  extern "C" __global__ void __launch_bounds__(HKV_DECODE_THREADS,                      \
+                                               hkv::ReadBlocks<kv, dim, narrow>::kCtas) \
+      name(const __grid_constant__ hkv_read_blocks_params p) {                          \
+    hkv::ReadBlocks<kv, dim, narrow>::run(p);                                           \
   }
-#define HKV_READ_BLOCKS(name, kv)              \
-  HKV_READ_BLOCKS_KERNEL(name##_d64, kv, 64)   \
-  HKV_READ_BLOCKS_KERNEL(name##_d128, kv, 128) \
-  HKV_READ_BLOCKS_KERNEL(name##_d256, kv, 256)
+#define HKV_READ_BLOCKS(name, kv)                     \
+  HKV_READ_BLOCKS_KERNEL(name##_d64, kv, 64, false)   \
+  HKV_READ_BLOCKS_KERNEL(name##_d128, kv, 128, false) \
+  HKV_READ_BLOCKS_KERNEL(name##_d256, kv, 256, false)
 
 HKV_READ_BLOCKS(hkv_read_blocks_16bit, __half)
 HKV_READ_BLOCKS(hkv_read_blocks_e4m3, hkv::E4m3)
+HKV_READ_BLOCKS_KERNEL(hkv_read_blocks_e4m3_d64_narrow, hkv::E4m3, 64, true)
+HKV_READ_BLOCKS_KERNEL(hkv_read_blocks_e4m3_d128_narrow, hkv::E4m3, 128, true)

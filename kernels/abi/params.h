@@ -58,7 +58,7 @@ typedef struct hkv_append_params {
 // Launch shapes on which kernels and launchers agree; shared memory is dynamic.
 #define HKV_DECODE_THREADS 128
 #define HKV_DECODE_SHARED_BYTES 98304
-#define HKV_DECODE_NARROW_SHARED_BYTES 49152  // of e4m3 kernels for 8 rows, head_dim <= 128
+#define HKV_DECODE_NARROW_SHARED_BYTES 49152  // of the kernels of which four share an SM
 #define HKV_PLAN_THREADS 1024  // at most
 #define HKV_PLAN_MAX_CLASSES 8
 #define HKV_PLAN_MAX_SEQS 4096

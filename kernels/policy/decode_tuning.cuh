@@ -8,13 +8,14 @@ namespace hkv {
 
 constexpr int kDecodeWarps = HKV_DECODE_THREADS / 32;
 
-// 128 KB are in flight, past which bandwidth falls again (H100). Widening 8-bit elements keeps 16
-// warps busy; kernels with larger states have room for 8.
-template <typename Kv, int kDim, int kQueryTiles>
+// 128 KB are in flight, past which bandwidth falls again (H100). Two CTAs with deep rings read few
+// long sequences fastest; many short ones of 8-bit elements, which take longer to widen than to
+// read where memory is fast, keep the 16 warps of four narrow CTAs busy.
+template <typename Kv, int kDim, int kQueryTiles, bool kNarrow>
 struct DecodeTuning {
-  static constexpr int kCtas = sizeof(Kv) == 1 && kDim <= 128 && kQueryTiles == 1 ? 4 : 2;
+  static constexpr int kCtas = kNarrow ? 4 : 2;
   static constexpr int kSharedBytes =
-      kCtas == 4 ? HKV_DECODE_NARROW_SHARED_BYTES : HKV_DECODE_SHARED_BYTES;
+      kNarrow ? HKV_DECODE_NARROW_SHARED_BYTES : HKV_DECODE_SHARED_BYTES;
   static constexpr int kRingBytes = kSharedBytes / kDecodeWarps;
   // Keys of a warp at a time: 4 KB at head_dim 128, but where registers do not reach.
   static constexpr int kSliceTokens = sizeof(Kv) == 1 && kDim * kQueryTiles <= 256 ? 32 : 16;

@@ -14,7 +14,7 @@ use crate::abi::{self, hkv_attention_params, hkv_merge_params, hkv_window};
 use crate::device::cuda::LaunchConfig;
 use crate::device::{DeviceInfo, Span, StreamRef};
 use crate::error::{Error, Result};
-use crate::layout::{Dtype, KvShape, KvStrides, KvView};
+use crate::layout::{Dtype, KvStrides, KvView};
 
 const OP: &str = "attention";
 
@@ -125,9 +125,13 @@ pub(super) const HEAD_DIMS: [u32; 3] = [64, 128, 256];
 /// What the type of keys and values adds to a kernel's name: nothing where it is the queries'.
 const KV_SUFFIXES: [&str; 2] = ["", "_e4m3"];
 
+/// The decode kernels of a head dimension, as they end in kernels/attention_decode.cu.
+const DECODE_VARIANTS: [(Variant, &str); 3] =
+    [(Variant::Decode8, "r8"), (Variant::Decode8Narrow, "r8_narrow"), (Variant::Decode16, "r16")];
+
 pub(super) struct Loaded {
-    /// By type of the queries, whether KV is e4m3, head dimension and query rows (8, 16).
-    decode: [[[[Kernel; 2]; 3]; 2]; 2],
+    /// By type of the queries, whether KV is e4m3, head dimension and variant.
+    decode: [[[[Kernel; DECODE_VARIANTS.len()]; 3]; 2]; 2],
     /// By type of the queries, whether KV is e4m3, and head dimension.
     prefill: [[[Kernel; 3]; 2]; 2],
 }
@@ -135,17 +139,26 @@ pub(super) struct Loaded {
 impl Loaded {
     pub(super) fn load(loader: &mut Loader<'_>) -> Result<Self> {
         let none = Kernel { function: None };
-        let mut loaded = Self { decode: [[[[none; 2]; 3]; 2]; 2], prefill: [[[none; 3]; 2]; 2] };
+        let mut loaded = Self {
+            decode: [[[[none; DECODE_VARIANTS.len()]; 3]; 2]; 2],
+            prefill: [[[none; 3]; 2]; 2],
+        };
         let decode = loader.file("attention_decode")?;
         for (dtype, by_dtype) in DTYPES.iter().zip(&mut loaded.decode) {
             for (kv, by_kv) in KV_SUFFIXES.iter().zip(by_dtype) {
                 for (dim, by_dim) in HEAD_DIMS.iter().zip(by_kv) {
-                    // Registers do not reach for 16 rows of 256 dimensions.
-                    let rows = if *dim < 256 { [8, 16].as_slice() } else { &[8] };
-                    for (rows, kernel) in rows.iter().zip(by_dim) {
-                        let dtype = dtype.name();
-                        let name = format!("hkv_attention_decode_{dtype}{kv}_d{dim}_r{rows}");
-                        *kernel = decode(&name, abi::HKV_DECODE_SHARED_BYTES)?;
+                    for ((variant, suffix), kernel) in DECODE_VARIANTS.iter().zip(by_dim) {
+                        let there = match variant {
+                            Variant::Decode8Narrow => !kv.is_empty() && *dim < 256,
+                            // Registers do not reach for 16 rows of 256 dimensions.
+                            Variant::Decode16 => *dim < 256,
+                            _ => true,
+                        };
+                        if there {
+                            let dtype = dtype.name();
+                            let name = format!("hkv_attention_decode_{dtype}{kv}_d{dim}_{suffix}");
+                            *kernel = decode(&name, variant.shared_bytes())?;
+                        }
                     }
                 }
             }
@@ -170,18 +183,17 @@ const MAX_TREE_TOKENS: u32 = 32;
 /// The kernel for a batch, and how it is cut into CTAs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
-    Decode { rows: u32, list: WorkList },
+    Decode { variant: Variant, list: WorkList },
     Prefill { splits: u32, ctas: u64 },
 }
 
 impl Way {
     fn of(args: &AttentionArgs, device: &DeviceInfo) -> Result<Self> {
-        let rows = match args.variant() {
-            Variant::Decode8 => 8,
-            Variant::Decode16 => 16,
-            Variant::Prefill => return Ok(Self::prefill(args, device)),
-        };
-        let whole = WorkList::whole(args.bounds());
+        let variant = args.variant(device);
+        if variant == Variant::Prefill {
+            return Ok(Self::prefill(args, device));
+        }
+        let whole = WorkList::whole(args.bounds(device));
         let list = match &args.plan {
             Some(plan) => {
                 plan.check(OP, &whole)?;
@@ -189,7 +201,7 @@ impl Way {
             }
             None => whole,
         };
-        Ok(Self::Decode { rows, list })
+        Ok(Self::Decode { variant, list })
     }
 
     fn prefill(args: &AttentionArgs, device: &DeviceInfo) -> Self {
@@ -219,8 +231,8 @@ impl Way {
         let state = state_bytes(args.kv.shape.head_dim);
         let bytes = match *self {
             // As in kernels/attention_decode.cu: outputs, bases and sums.
-            Self::Decode { rows, list } => {
-                let slot = u64::from(rows) * (state + size_of::<f32>() as u64);
+            Self::Decode { variant, list } => {
+                let slot = u64::from(variant.rows()) * (state + size_of::<f32>() as u64);
                 list.cut_items().checked_mul(slot)
             }
             Self::Prefill { splits: 1, .. } => Some(0),
@@ -231,16 +243,6 @@ impl Way {
         bytes.ok_or_else(|| {
             Error::invalid(OP, "the partial states of these bounds overflow 64-bit addresses")
         })
-    }
-}
-
-/// CTAs of the decode kernel for this many query rows that share a multiprocessor, and their dynamic shared
-/// memory, as in kernels/attention_decode.cu.
-fn decode_occupancy(shape: &KvShape, rows: u32) -> (u32, u32) {
-    if shape.dtype == Dtype::E4m3 && shape.head_dim <= 128 && rows == 8 {
-        (4, abi::HKV_DECODE_NARROW_SHARED_BYTES)
-    } else {
-        (2, abi::HKV_DECODE_SHARED_BYTES)
     }
 }
 
@@ -300,10 +302,11 @@ impl Kernels {
                 LaunchConfig::linear(ctas, abi::HKV_PREFILL_THREADS)
                     .with_shared(abi::HKV_PREFILL_SHARED_BYTES),
             ),
-            Way::Decode { rows, .. } => (
-                &self.attention.decode[by_dtype][e4m3][dim][usize::from(rows == 16)],
-                self.decode_config(ctas, &shape, rows),
-            ),
+            Way::Decode { variant, .. } => {
+                let of = DECODE_VARIANTS.iter().position(|&(of, _)| of == variant);
+                let kernel = &self.attention.decode[by_dtype][e4m3][dim][of.unwrap_or_default()];
+                (kernel, self.decode_config(ctas, variant))
+            }
         };
         // SAFETY: runs when the stream gets to it, while the caller's promise holds.
         let on_cpu =
@@ -357,10 +360,10 @@ impl Kernels {
         Ok(Prepared { way, ctas, params })
     }
 
-    /// The launch of a decode kernel of this many query rows.
-    pub(super) fn decode_config(&self, ctas: u32, shape: &KvShape, rows: u32) -> LaunchConfig {
-        let config = LaunchConfig::linear(ctas, abi::HKV_DECODE_THREADS)
-            .with_shared(decode_occupancy(shape, rows).1);
+    /// The launch of a decode kernel.
+    pub(super) fn decode_config(&self, ctas: u32, variant: Variant) -> LaunchConfig {
+        let config =
+            LaunchConfig::linear(ctas, abi::HKV_DECODE_THREADS).with_shared(variant.shared_bytes());
         let overlaps = self.device.info().compute_capability >= (9, 0);
         if overlaps { config.with_overlap() } else { config }
     }
@@ -373,18 +376,19 @@ impl AttentionArgs {
     }
 
     /// The kernel for these arguments.
-    pub(super) fn variant(&self) -> Variant {
-        Variant::of(self.max_q_len, self.group(), self.kv.shape.head_dim)
+    pub(super) fn variant(&self, device: &DeviceInfo) -> Variant {
+        let shape = &self.kv.shape;
+        let items = u64::from(self.num_seqs) * u64::from(shape.num_kv_heads);
+        Variant::of(self.max_q_len, self.group(), shape.head_dim).for_items(items, shape, device)
     }
 
     /// What decides how they are dealt to CTAs.
-    pub(super) fn bounds(&self) -> Bounds {
-        let rows = if self.variant() == Variant::Decode8 { 8 } else { 16 };
+    pub(super) fn bounds(&self, device: &DeviceInfo) -> Bounds {
         Bounds {
             num_seqs: self.num_seqs,
             num_kv_heads: self.kv.shape.num_kv_heads,
             max_kv_len: self.max_kv_len,
-            ctas_per_sm: decode_occupancy(&self.kv.shape, rows).0,
+            ctas_per_sm: self.variant(device).ctas_per_sm(),
         }
     }
 

@@ -270,8 +270,8 @@ impl PlanArgs<'_> {
     fn layout(&self, device: &DeviceInfo) -> impl Iterator<Item = Class> {
         let mut offset = 0;
         self.classes.iter().map(move |class| {
-            let planned = class.variant() != Variant::Prefill && class.num_seqs > 0;
-            let split = || PlanSplit::new(class.bounds(), self.batch_invariant, device);
+            let planned = class.variant(device) != Variant::Prefill && class.num_seqs > 0;
+            let split = || PlanSplit::new(class.bounds(device), self.batch_invariant, device);
             let split = planned.then(split);
             let bytes = split.map_or(0, |split| bytes(&split.list));
             let class = Class { split, offset, bytes };
@@ -531,7 +531,8 @@ mod tests {
                 let words: Vec<i32> = memory.download().unwrap();
                 for (index, of) in classes.iter().enumerate() {
                     let plan = kernels.planned(&args, index).unwrap().unwrap();
-                    let split = PlanSplit::new(of.bounds(), batch_invariant, device.info());
+                    let split =
+                        PlanSplit::new(of.bounds(device.info()), batch_invariant, device.info());
                     let class = plan_class(&split, of.layer, plan.memory.address);
                     let list = work_list(&class, &windows[index], &batch);
                     let start = (plan.memory.address - memory.address()) as usize / 4;

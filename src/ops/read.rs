@@ -2,6 +2,7 @@
 //! reads what attention would, the way decode does, without its arithmetic.
 
 use super::attention::{HEAD_DIMS, Prepared, Way};
+use super::split::Variant;
 use super::{AttentionArgs, Kernel, Kernels, Loader, cpu};
 use crate::abi::{self, hkv_read_blocks_params, hkv_read_params};
 use crate::device::cuda::LaunchConfig;
@@ -15,24 +16,27 @@ const READ_BLOCKS: &str = "read_blocks";
 const THREADS: u32 = 512;
 /// CTAs per multiprocessor: 64 warps, what an SM holds.
 const CTAS_PER_SM: u32 = 4;
-/// Query rows of the decode kernel whose load path `read_blocks` has.
-const DECODE_ROWS: u32 = 8;
+
+/// The kernels of a head dimension: the elements and what their names end in.
+const READERS: [(&str, &str); 3] = [("16bit", ""), ("e4m3", ""), ("e4m3", "_narrow")];
 
 pub(super) struct Loaded {
     read_memory: Kernel,
-    /// By whether KV is e4m3, and head dimension.
-    read_blocks: [[Kernel; 3]; 2],
+    /// By elements and width of the CTAs ([`READERS`]), and head dimension.
+    read_blocks: [[Kernel; 3]; READERS.len()],
 }
 
 impl Loaded {
     pub(super) fn load(loader: &mut Loader<'_>) -> Result<Self> {
         let read_memory = loader.file("read_memory")?("hkv_read_memory", 0)?;
         let kernel = loader.file("read_blocks")?;
-        let mut read_blocks = [[Kernel { function: None }; 3]; 2];
-        for (kv, by_kv) in ["16bit", "e4m3"].iter().zip(&mut read_blocks) {
+        let mut read_blocks = [[Kernel { function: None }; 3]; READERS.len()];
+        for ((kv, suffix), by_kv) in READERS.iter().zip(&mut read_blocks) {
             for (dim, by_dim) in HEAD_DIMS.iter().zip(by_kv) {
-                let name = format!("hkv_read_blocks_{kv}_d{dim}");
-                *by_dim = kernel(&name, abi::HKV_DECODE_SHARED_BYTES)?;
+                if suffix.is_empty() || *dim < 256 {
+                    let name = format!("hkv_read_blocks_{kv}_d{dim}{suffix}");
+                    *by_dim = kernel(&name, abi::HKV_DECODE_SHARED_BYTES)?;
+                }
             }
         }
         Ok(Self { read_memory, read_blocks })
@@ -100,17 +104,21 @@ impl Kernels {
         }
         // SAFETY: the caller's promise about the spans.
         let Prepared { way, ctas, params } = unsafe { self.prepare(args, stream)? };
-        if !matches!(way, Way::Decode { .. }) {
+        let Way::Decode { variant, .. } = way else {
             let supported = "what the decode kernel takes";
             return Err(Error::unsupported(READ_BLOCKS, "max_q_len", args.max_q_len, supported));
-        }
+        };
         let shape = args.kv.shape;
         let params =
             hkv_read_blocks_params { attention: params, checksum: checksum.address as *mut _ };
-        let e4m3 = usize::from(shape.dtype == Dtype::E4m3);
+        let reader = match shape.dtype {
+            Dtype::E4m3 if variant == Variant::Decode8Narrow => 2,
+            Dtype::E4m3 => 1,
+            _ => 0,
+        };
         let dim = HEAD_DIMS.iter().position(|&dim| dim == shape.head_dim).unwrap_or_default();
-        let kernel = &self.read.read_blocks[e4m3][dim];
-        let config = self.decode_config(ctas, &shape, DECODE_ROWS);
+        let kernel = &self.read.read_blocks[reader][dim];
+        let config = self.decode_config(ctas, variant);
         let on_cpu = move |params: &_| {
             // SAFETY: runs when the stream gets to it, while the caller's promise holds.
             unsafe { cpu::read_blocks(params, shape.dtype, shape.head_dim as usize) }

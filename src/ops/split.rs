@@ -5,13 +5,16 @@
 
 use crate::abi;
 use crate::device::DeviceInfo;
+use crate::layout::{Dtype, KvShape};
 
 /// The kernel for a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Variant {
     /// `attention_decode.cu`, for at most 8 query rows per KV head.
     Decode8,
-    /// The same, for at most 16 of less than 256 dimensions.
+    /// The same for e4m3 in crowds: CTAs of half the rings, four to a multiprocessor.
+    Decode8Narrow,
+    /// As [`Decode8`](Self::Decode8), for at most 16 of less than 256 dimensions.
     Decode16,
     /// `attention_prefill.cu`.
     Prefill,
@@ -24,6 +27,35 @@ impl Variant {
             ..=8 => Self::Decode8,
             9..=16 if head_dim < 256 => Self::Decode16,
             _ => Self::Prefill,
+        }
+    }
+
+    /// The kernel for so many (sequence, KV head) pairs of such a KV shape.
+    pub(super) fn for_items(self, items: u64, shape: &KvShape, device: &DeviceInfo) -> Self {
+        let has_narrow = shape.dtype == Dtype::E4m3 && shape.head_dim <= 128;
+        match self {
+            Self::Decode8 if has_narrow && items > u64::from(device.multiprocessors) => {
+                Self::Decode8Narrow
+            }
+            other => other,
+        }
+    }
+
+    /// Query rows per KV head that a decode kernel takes at a time.
+    pub(super) fn rows(self) -> u32 {
+        if self == Self::Decode16 { 16 } else { 8 }
+    }
+
+    /// CTAs of a decode kernel that share a multiprocessor, as in kernels/policy/decode_tuning.cuh.
+    pub(super) fn ctas_per_sm(self) -> u32 {
+        if self == Self::Decode8Narrow { 4 } else { 2 }
+    }
+
+    /// Dynamic shared memory of a CTA of a decode kernel.
+    pub(super) fn shared_bytes(self) -> u32 {
+        match self {
+            Self::Decode8Narrow => abi::HKV_DECODE_NARROW_SHARED_BYTES,
+            _ => abi::HKV_DECODE_SHARED_BYTES,
         }
     }
 }
@@ -298,6 +330,22 @@ pub(super) mod tests {
             (u32::MAX, 16, 64, Variant::Prefill),
         ] {
             assert_eq!(Variant::of(max_q_len, group, head_dim), variant);
+        }
+    }
+
+    #[test]
+    fn crowds_of_e4m3_sequences_are_read_by_narrow_ctas() {
+        let shape = |dtype, head_dim| KvShape { num_kv_heads: 8, head_dim, dtype };
+        for (items, dtype, head_dim, variant) in [
+            (132, Dtype::E4m3, 128, Variant::Decode8),
+            (133, Dtype::E4m3, 128, Variant::Decode8Narrow),
+            (2048, Dtype::E4m3, 64, Variant::Decode8Narrow),
+            (2048, Dtype::E4m3, 256, Variant::Decode8),
+            (2048, Dtype::Bf16, 128, Variant::Decode8),
+        ] {
+            let shape = shape(dtype, head_dim);
+            assert_eq!(Variant::Decode8.for_items(items, &shape, &gpu(132)), variant);
+            assert_eq!(Variant::Prefill.for_items(items, &shape, &gpu(132)), Variant::Prefill);
         }
     }
 
