@@ -100,7 +100,8 @@ impl Library {
         }
         .map_err(|failure| image_error(cuda, failure))?;
         let max_dynamic_shared = max_dynamic_shared.min(cuda.info.shared_memory_bytes);
-        if max_dynamic_shared > DEFAULT_SHARED {
+        // Static shared memory counts against what is there without asking.
+        if max_dynamic_shared > 0 {
             let attribute =
                 sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function was just resolved.

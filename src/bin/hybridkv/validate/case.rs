@@ -291,7 +291,7 @@ impl Case {
             // Beyond what f16 holds, in which products with e4m3 are made.
             case.query_exponent = rng.pick(&[0, 0, 0, 0, 100, -70]);
         }
-        let sequences = rng.pick(&[1, 1, 2, 3, 5, 9]);
+        let sequences = rng.pick(&[1, 1, 1, 2, 2, 3, 3, 5, 5, 9, 9, 160]);
         let batches = if scale.graphs && rng.chance(25) { 3 } else { 1 };
         // Most new tokens of a sequence: decode, speculation, or a chunk of a prefill.
         let most_new = match rng.below(10) {
