@@ -9,7 +9,9 @@
 mod cases;
 
 mod allocate;
+mod answers;
 mod branch;
+mod config;
 mod events;
 mod eviction;
 mod groups;
@@ -37,7 +39,9 @@ mod transfer;
 
 use std::collections::{HashSet, VecDeque};
 
+pub use self::answers::{Admission, Allocation, BlockRow, Completion, Hit, Outcome};
 pub use self::branch::{BlockCopy, Cut};
+pub use self::config::{GroupConfig, ManagerConfig, Retention, Slack};
 pub use self::events::{Event, EventKind, Tier};
 pub use self::eviction::Eviction;
 pub use self::hash::{BlockHash, HashedTokens};
@@ -55,6 +59,7 @@ pub use self::tiers::{
 pub use self::transfer::{Direction, Path, Place, Transfer};
 
 use self::allocate::{cache, check_room};
+use self::config::check_groups;
 use self::events::Events;
 use self::groups::Group;
 use self::hash::CheapMap;
@@ -72,7 +77,7 @@ use self::tiers::device::DeviceTier;
 use self::tiers::slots::SlotTier;
 use self::transfer::Flights;
 use crate::error::{Error, ErrorKind, Result};
-use crate::spec::{GroupKind, GroupPlan, LayerGroup, StateGroup};
+use crate::spec::GroupKind;
 
 /// A caller-chosen name of a live sequence.
 pub type SeqId = u64;
@@ -85,128 +90,6 @@ pub type StorageSlot = u32;
 /// Name of one transfer; never reused.
 pub type TransferId = u64;
 
-/// One layer group as the manager sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct GroupConfig {
-    /// What it keeps of a sequence.
-    pub kind: GroupKind,
-    /// Sink tokens: their blocks are kept, cached and required for a hit. States have none.
-    pub sink_tokens: u32,
-    /// Tokens per block; of a state group, tokens between the places where a state can be kept.
-    pub block_size: u32,
-}
-
-impl GroupConfig {
-    /// A group without sinks.
-    pub fn new(kind: impl Into<GroupKind>, block_size: u32) -> Self {
-        Self { kind: kind.into(), sink_tokens: 0, block_size }
-    }
-
-    /// The groups of a plan, in its order: attention first, then states.
-    pub fn of(plan: &GroupPlan) -> Vec<Self> {
-        plan.groups.iter().map(Self::from).chain(plan.states.iter().map(Self::from)).collect()
-    }
-
-    /// Most blocks a request of `tokens` holds at once in this group when at most `in_flight` of them are
-    /// computed and not settled. The block size is at least 1.
-    pub(crate) fn max_blocks(&self, tokens: usize, in_flight: usize) -> usize {
-        let retention = Retention::default();
-        Group::new(self, self.block_size as usize).max_blocks(tokens, in_flight, &retention)
-    }
-}
-
-impl From<&StateGroup> for GroupConfig {
-    fn from(group: &StateGroup) -> Self {
-        Self::new(GroupKind::State, group.block_size)
-    }
-}
-
-impl From<&LayerGroup> for GroupConfig {
-    fn from(group: &LayerGroup) -> Self {
-        Self {
-            kind: group.kind.into(),
-            sink_tokens: group.sink_tokens,
-            block_size: group.block_size,
-        }
-    }
-}
-
-/// Which window tails and old chunks stay cached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Retention {
-    /// `None`: every aligned boundary (dense); `Some(0)`: only the replay boundary and junctions;
-    /// `Some(k)`: also one tail every `k` tokens.
-    pub interval: Option<u32>,
-    /// What is kept to the left of every retained tail.
-    pub slack: Slack,
-    /// Whether old chunks stay cached densely, like a full group's blocks.
-    pub dense_chunks: bool,
-    /// Whether the end of every sequence, generated tokens included, is a retained boundary, too. What is
-    /// generated is then findable as it is filled; what leaves the window before the end, and no other boundary
-    /// needs, is reused first. Recurrent states have no such boundary.
-    pub ends: bool,
-}
-
-/// How much more than a tail is kept, so that a prompt that leaves the cached one a little before the boundary
-/// still hits.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Slack {
-    /// So many alignment units, in every group that keeps tails.
-    Units(u32),
-    /// What suits the kind of the group: half a window, or 32 alignment units where that is more; one alignment
-    /// unit of states; nothing of chunks, whose tails serve every shorter hit in the chunk as they are.
-    #[default]
-    ByKind,
-}
-
-impl Slack {
-    /// States kept to the left of every boundary.
-    pub(crate) fn states(self) -> usize {
-        match self {
-            Self::Units(n) => n as usize,
-            Self::ByKind => 1,
-        }
-    }
-}
-
-impl Retention {
-    /// Everything that an aligned hit can need, chunks densely: what vLLM keeps when it is not told otherwise.
-    pub fn dense() -> Self {
-        Self { interval: None, slack: Slack::Units(0), dense_chunks: true, ends: false }
-    }
-}
-
-impl Default for Retention {
-    /// Sparse: the replay boundary, junctions and the end of the sequence, with slack by kind.
-    fn default() -> Self {
-        Self { interval: Some(0), slack: Slack::ByKind, dense_chunks: false, ends: true }
-    }
-}
-
-/// Everything the manager is built from.
-#[derive(Debug, Clone)]
-pub struct ManagerConfig {
-    /// Layer groups, full attention first.
-    pub groups: Vec<GroupConfig>,
-    /// Blocks of the device pool, the null block included.
-    pub num_blocks: u32,
-    /// Whether full blocks are found again by later sequences.
-    pub prefix_caching: bool,
-    /// Which windowed blocks stay cached.
-    pub retention: Retention,
-    /// Which cached block without a user is reused first.
-    pub eviction: Eviction,
-    /// Longest sequence.
-    pub max_model_len: u32,
-    /// Tokens that may be computed and not yet settled (all steps in flight together).
-    pub in_flight_tokens: u32,
-    /// The host tier, if there is one.
-    pub host: Option<HostConfig>,
-    /// Identity of model, revision, dtype, codec, block size, head shapes, layout, rope: seeds the hashes. See
-    /// [`GroupPlan::identity`].
-    pub identity: [u8; 32],
-}
-
 /// Typed extra keys of a prefix; framed, so that they cannot collide with one another.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct ExtraKeys<'a> {
@@ -214,111 +97,6 @@ pub struct ExtraKeys<'a> {
     pub salt: &'a str,
     /// LoRA adapter.
     pub lora: &'a str,
-}
-
-/// What a lookup found. A probe: nothing is pinned.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Hit {
-    /// Tokens every group can serve, over all tiers.
-    pub tokens: usize,
-    /// Tokens every group can serve from the device alone.
-    pub device_tokens: usize,
-    /// Tokens every group can serve from device and host.
-    pub host_tokens: usize,
-    /// Per group, `tokens / block_size` device block ids; 0 where a block is not needed or not on the device.
-    pub blocks: Vec<Vec<BlockId>>,
-}
-
-/// What an allocation gave.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Allocation {
-    /// Tokens that need not be computed, once every load has succeeded.
-    pub hit_tokens: usize,
-    /// The part of them that is on the device already.
-    pub device_hit_tokens: usize,
-    /// The part of them that is on the device or on the host.
-    pub host_hit_tokens: usize,
-    /// Per group, blocks newly taken from the pool (targets of loads included).
-    pub new_blocks: Vec<Vec<BlockId>>,
-    /// Tokens that have slots: all, or those up to the budget of [`Manager::allocate_prefill`].
-    pub num_tokens: usize,
-    /// Transfers that must complete before the sequence is ready; empty when it is ready now.
-    pub loads: Vec<TransferId>,
-}
-
-/// What it takes to admit a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Admission {
-    /// Blocks that it and all that runs may still take at most.
-    pub needed: usize,
-    /// Blocks that could be taken now.
-    pub free: usize,
-}
-
-impl Admission {
-    /// Whether everything can run to its end.
-    pub fn fits(&self) -> bool {
-        self.needed <= self.free
-    }
-}
-
-/// How a transfer ended. *Completed* and *succeeded* are different things (R8).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Outcome {
-    /// The copy ended without an error. Whoever can verify the bytes says `Failed` when they are wrong.
-    Succeeded,
-    /// It ended, and what it wrote must not be used.
-    Failed,
-}
-
-/// What a completion changed for a waiting sequence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Completion {
-    /// No sequence became ready by it.
-    Pending,
-    /// All loads of the sequence have ended; this many tokens are valid (fewer than the hit when a load
-    /// failed: the rest is to be computed).
-    Ready {
-        /// The sequence.
-        seq: SeqId,
-        /// Valid tokens from the start.
-        valid_tokens: usize,
-    },
-    /// A load of the sequence failed and the pool has no blocks for what would have to be computed again:
-    /// the sequence has been freed, and can be allocated again later.
-    Dropped {
-        /// The sequence.
-        seq: SeqId,
-    },
-    /// A load of the sequence failed, and its steps ran behind its loads (see [`Manager::overlap`]): everything
-    /// that it has computed since it was allocated is void, steps in flight and tokens put out included. The
-    /// sequence has been freed, and can be allocated again.
-    Void {
-        /// The sequence.
-        seq: SeqId,
-    },
-}
-
-/// One sequence's live blocks of one group, as attention needs them: the row of a block table is `sinks`
-/// followed by `live`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BlockRow<'a> {
-    /// The sink blocks.
-    pub sinks: &'a [BlockId],
-    /// The live blocks after the sinks, from `first_block` on.
-    pub live: &'a [BlockId],
-    /// Absolute index of the first live block after the sinks.
-    pub first_block: u32,
-    /// Blocks of all positions, freed and skipped ones included.
-    pub blocks: u32,
-}
-
-impl BlockRow<'_> {
-    /// The block at an absolute index; `None` where there is none.
-    pub fn get(&self, index: usize) -> Option<BlockId> {
-        let live = || self.live.get(index.checked_sub(self.first_block as usize)?);
-        self.sinks.get(index).or_else(live).copied().filter(|&id| id != NULL)
-    }
 }
 
 /// The state machine. See the module documentation.
@@ -714,45 +492,4 @@ impl Manager {
             )),
         }
     }
-}
-
-/// Checks the groups; gives the greatest common divisor and the least common multiple of their block
-/// sizes.
-fn check_groups(op: &'static str, groups: &[GroupConfig]) -> Result<(usize, usize)> {
-    const MAX_GROUPS: usize = u16::MAX as usize;
-    const MAX_BLOCK_SIZE: u32 = 1 << 16;
-    if groups.is_empty() || groups.len() > MAX_GROUPS {
-        return Err(Error::unsupported(
-            op,
-            "a number of layer groups of",
-            groups.len(),
-            format!("1 to {MAX_GROUPS}"),
-        ));
-    }
-    let (mut unit, mut alignment) = (0usize, 1usize);
-    for group in groups {
-        if group.block_size == 0 || group.block_size > MAX_BLOCK_SIZE {
-            return Err(Error::unsupported(
-                op,
-                "block_size",
-                group.block_size,
-                format!("1 to {MAX_BLOCK_SIZE}"),
-            ));
-        }
-        group.kind.check(op)?;
-        if group.kind == GroupKind::State && group.sink_tokens > 0 {
-            return Err(Error::invalid(op, "a group of recurrent states has no sink tokens"));
-        }
-        let block_size = group.block_size as usize;
-        unit = gcd(unit, block_size);
-        alignment = (alignment / gcd(alignment, block_size))
-            .checked_mul(block_size)
-            .filter(|&a| a <= u32::MAX as usize)
-            .ok_or_else(|| Error::invalid(op, "the block sizes have no common multiple"))?;
-    }
-    Ok((unit, alignment))
-}
-
-fn gcd(a: usize, b: usize) -> usize {
-    if b == 0 { a } else { gcd(b, a % b) }
 }
