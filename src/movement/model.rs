@@ -3,7 +3,7 @@
 //! A time is a start, something per item, and bytes at a rate. [`LinkModel::calibrate`] measures the numbers where
 //! they are used; a model is plain data, so that plans can be made for machines that are not there.
 
-use super::plan::{Traffic, Way};
+use super::plan::{Traffic, Way, best_kernel};
 
 /// Copies by the copy engines, submitted as batches.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -18,7 +18,7 @@ pub struct EngineCost {
 
 impl EngineCost {
     pub(super) fn each_us(&self, bytes: u64) -> f64 {
-        self.copy_us + bytes as f64 / self.gbps / 1e3
+        self.copy_us + bytes as f64 * (1e-3 / self.gbps)
     }
 
     pub(super) fn us(&self, copies: u64, bytes: u64) -> f64 {
@@ -58,7 +58,7 @@ pub struct KernelCost {
 
 impl KernelCost {
     pub(super) fn each_us(&self, bytes: u64) -> f64 {
-        self.row_us.max(bytes as f64 / self.gbps / 1e3)
+        self.row_us.max(bytes as f64 * (1e-3 / self.gbps))
     }
 
     pub(super) fn us(&self, rows: u64, bytes: u64) -> f64 {
@@ -66,7 +66,9 @@ impl KernelCost {
     }
 }
 
-/// The paths in one direction, while the other one is idle or busy.
+/// The paths in one direction, while the other one is idle or busy. Busy means that copy engines move as many bytes
+/// the other way; rates are then those at which both are done, so that a path that takes from the other direction
+/// what it gains is not called fast.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PathCosts {
     /// Copy engines; `None` where there are none.
@@ -101,6 +103,11 @@ impl LinkModel {
             inside: paths,
             staging: kernel,
         }
+    }
+
+    /// How many CTAs `move_blocks` is given for so many rows: as few as are as fast as more.
+    pub fn quota(&self, traffic: Traffic, rows: u64, bytes: u64) -> u32 {
+        best_kernel(self.paths(traffic), rows, bytes).ctas
     }
 
     /// The paths of some traffic.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::abi::hkv_copy;
-use crate::device::{DeviceBuffer, Event, Span, Stream, StreamRef};
+use crate::device::{CopyBatch, DeviceBuffer, Event, Span, Stream, StreamRef};
 use crate::error::{Error, Result};
 use crate::ops::{CtaQuota, Kernels, MoveArgs, MoveShape};
 
@@ -13,6 +13,8 @@ use super::plan::{Planner, Route, Traffic, Way};
 const OP: &str = "move";
 /// Slots of a staging ring: one that is filled, one that is emptied, one between them.
 const SLOTS: usize = 3;
+/// Copies of one call.
+const BATCH_COPIES: usize = 128;
 /// Bytes of a slot: what a link takes 100 to 200 us for, and a launch is little beside.
 const SLOT_BYTES: u64 = 8 << 20;
 
@@ -24,6 +26,14 @@ pub struct Mover {
     /// Addresses of host blocks that are staged, in the order of their descriptors.
     host: Vec<u64>,
     staging: Option<Staging>,
+}
+
+/// A batch in parts: the copy engine starts on a part when the driver has all of it.
+fn batches(batch: CopyBatch<'_>) -> impl Iterator<Item = CopyBatch<'_>> {
+    let CopyBatch { srcs, dsts, sizes } = batch;
+    let places = srcs.chunks(BATCH_COPIES).zip(dsts.chunks(BATCH_COPIES));
+    let parts = places.zip(sizes.chunks(BATCH_COPIES));
+    parts.map(|((srcs, dsts), sizes)| CopyBatch { srcs, dsts, sizes })
 }
 
 /// A ring in device memory, through which blocks go that are contiguous on the host only.
@@ -117,8 +127,8 @@ impl Mover {
                 // SAFETY: the plan's fragments are those of the caller's rows, cut and put together.
                 unsafe {
                     self.kernels.move_blocks(&args, stream)?;
-                    if !self.planner.engine().is_empty() {
-                        stream.copy_batch(&self.planner.engine())?;
+                    for batch in batches(self.planner.engine()) {
+                        stream.copy_batch(&batch)?;
                     }
                     self.planner.pitched().iter().try_for_each(|rows| stream.copy_pitched(rows))
                 }

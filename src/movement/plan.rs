@@ -32,6 +32,12 @@ pub struct Traffic {
     pub both_ways: bool,
 }
 
+impl Traffic {
+    fn cta_price(self) -> f64 {
+        if self.both_ways { CTA_PRICE_SERVING } else { CTA_PRICE }
+    }
+}
+
 /// How a planned move is carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Route {
@@ -55,8 +61,12 @@ pub enum Route {
     },
 }
 
-/// What the quota costs whoever computes meanwhile: of two paths that are as fast, the one without CTAs is taken.
+/// What CTAs cost whoever computes meanwhile, as a factor on the time of paths that take them: of two that are as fast,
+/// the one without CTAs is taken.
 const CTA_PRICE: f64 = 1.05;
+/// The same while the link is busy both ways, which is when the device serves: a CTA that waits for the link holds the
+/// place of one that computes, and the kernel that wants it waits as long.
+const CTA_PRICE_SERVING: f64 = 1.5;
 /// Fewest fragments at regular distances that are worth a look at a pitched copy.
 const MIN_ROWS: usize = 8;
 /// A block of rows has less than 2^31 vectors of 16 bytes.
@@ -110,7 +120,7 @@ impl Planner {
         let copies = &mut copies[..count];
         let paths = model.paths(traffic);
         if shape.dims().is_empty() {
-            self.plan_fragments(copies, paths, edges)
+            self.plan_fragments(copies, paths, traffic.cta_price(), edges)
         } else {
             self.plan_blocks(copies, shape, traffic, model, edges)
         }
@@ -130,11 +140,12 @@ impl Planner {
         &mut self,
         copies: &mut [hkv_copy],
         paths: &PathCosts,
+        cta_price: f64,
         edges: &[u64],
     ) -> Route {
         let bytes = copies.iter().map(|copy| copy.bytes).sum();
         let kernel = best_kernel(paths, copies.len() as u64, bytes);
-        let by_kernel = |copy: &hkv_copy| CTA_PRICE * kernel.each_us(copy.bytes);
+        let by_kernel = |copy: &hkv_copy| cta_price * kernel.each_us(copy.bytes);
         let by_engine = |copy: &hkv_copy| {
             paths.engine.map_or(f64::INFINITY, |engine| engine.each_us(copy.bytes))
         };
@@ -204,7 +215,7 @@ impl Planner {
         let rows = shape.rows();
         let bytes = rows * copies.iter().map(|copy| copy.bytes).sum::<u64>();
         let kernel = best_kernel(paths, count * rows, bytes);
-        let by_kernel = CTA_PRICE * kernel.us(count * rows, bytes);
+        let by_kernel = traffic.cta_price() * kernel.us(count * rows, bytes);
         let by_rows = match (paths.pitched, pitch(shape)) {
             (Some(cost), Some(_)) => cost.us(count, count * rows, bytes),
             _ => f64::INFINITY,
@@ -301,7 +312,7 @@ fn coalesce(copies: &mut [hkv_copy], most: u64) -> usize {
 }
 
 /// The quota that is fastest, or as fast with fewer CTAs.
-fn best_kernel(paths: &PathCosts, rows: u64, bytes: u64) -> KernelCost {
+pub(super) fn best_kernel(paths: &PathCosts, rows: u64, bytes: u64) -> KernelCost {
     let none = KernelCost { ctas: 1, start_us: 0.0, row_us: 0.0, gbps: f64::MIN_POSITIVE };
     paths.kernels.iter().copied().fold(none, |best, next| {
         let (a, b) = (best.us(rows, bytes), next.us(rows, bytes));

@@ -6,6 +6,7 @@ mod arena;
 mod attention;
 mod codec;
 mod manager;
+mod movement;
 mod overlap;
 mod planning;
 mod suites;
@@ -25,9 +26,9 @@ use crate::random::Rng;
 use crate::report::{Report, Row};
 use attention::{Attention, Batch, BlockReads, layers_beyond_l2};
 use planning::Planning;
-use suites::{AttentionCase, DECODE, FRAGMENTS, PLANS, PREFILL, READS, STEPS};
+use suites::{AttentionCase, DECODE, FRAGMENTS, Fragment, PLANS, PREFILL, READS, STEPS};
 use timing::{Timing, Workload, measure};
-use workload::{Arenas, Direction, EngineCopy, Move, Read};
+use workload::{Arenas, BothWays, Direction, EngineCopy, Move, Read};
 
 /// Arguments of `hybridkv bench`.
 #[derive(Debug, clap::Args)]
@@ -192,6 +193,9 @@ impl Bench<'_> {
             let name = format!("copy_engine_{}_gbps", direction.name());
             self.limit(&name, touched * copy.bytes() as f64, timing);
         }
+        let both = BothWays::new(self.device, arenas)?;
+        let timing = self.measure(&both)?;
+        self.limit("copy_engine_duplex_gbps", both.bytes() as f64, timing);
         Ok(())
     }
 
@@ -338,45 +342,17 @@ impl Bench<'_> {
         header();
         self.arena()?;
         self.overlap()?;
-        let most = self.scaled(512 << 20).min(arenas.side_bytes());
+        self.routes(&arenas)?;
         for direction in [Direction::H2d, Direction::D2h, Direction::D2d] {
-            let limit = self.report.limits[&format!("copy_engine_{}_gbps", direction.name())];
-            for fragment in FRAGMENTS.iter().filter(|f| f.bytes <= most) {
-                let quotas: &[Option<u32>] = match (direction, self.device.is_cuda()) {
-                    (Direction::D2d, _) | (_, false) => &[None],
-                    _ => &[None, Some(8), Some(16)],
-                };
-                for &ctas in quotas {
-                    let quota = match (ctas, direction) {
-                        (Some(ctas), _) => CtaQuota::at_most(ctas),
-                        (None, Direction::D2d) => CtaQuota::WHOLE_DEVICE,
-                        (None, _) => CtaQuota::HOST_LINK,
-                    };
-                    let bytes = most.min(fragment.bytes << 16);
-                    let work = Move::new(
-                        self.kernels,
-                        &arenas,
-                        direction,
-                        fragment.bytes,
-                        bytes,
-                        quota,
-                        &mut self.rng,
-                    )?;
-                    let timing = self.measure(&work)?;
-                    let touched = if direction == Direction::D2d { 2.0 } else { 1.0 };
-                    let gbps = touched * work.bytes() as f64 / timing.us / 1e3;
-                    let suffix = ctas.map_or(String::new(), |ctas| format!("/{ctas}ctas"));
-                    let on_link = direction != Direction::D2d && ctas.is_none();
-                    let row = Row {
-                        case: fragment.case(direction) + &suffix,
-                        ours: gbps,
-                        unit: "GB/s".to_owned(),
-                        gbps: Some(gbps),
-                        limit: Some(limit),
-                        tolerance: fragment.floor.filter(|_| on_link),
-                        ..Row::default()
-                    };
-                    self.add(row, timing);
+            for fragment in FRAGMENTS {
+                if direction == Direction::D2d {
+                    let quota = CtaQuota::WHOLE_DEVICE;
+                    self.fragments(&arenas, direction, fragment, quota, String::new())?;
+                    continue;
+                }
+                for ctas in [4, 8, 16].into_iter().filter(|_| self.device.is_cuda()) {
+                    let (quota, suffix) = (CtaQuota::at_most(ctas), format!("/{ctas}ctas"));
+                    self.fragments(&arenas, direction, fragment, quota, suffix)?;
                 }
             }
         }
@@ -420,6 +396,44 @@ impl Bench<'_> {
                 self.add(row, timing);
             }
         }
+        Ok(())
+    }
+
+    /// Fragments at random addresses by `move_blocks`, from a table that is there.
+    fn fragments(
+        &mut self,
+        arenas: &Arenas,
+        direction: Direction,
+        fragment: &Fragment,
+        quota: CtaQuota,
+        suffix: String,
+    ) -> Result<()> {
+        let most = self.scaled(512 << 20).min(arenas.side_bytes());
+        if fragment.bytes > most {
+            return Ok(());
+        }
+        let (size, bytes) = (fragment.bytes, most.min(fragment.bytes << 16));
+        let work = Move::new(self.kernels, arenas, direction, size, bytes, quota, &mut self.rng)?;
+        let timing = self.measure(&work)?;
+        let touched = if direction == Direction::D2d { 2.0 } else { 1.0 };
+        let gbps = touched * work.bytes() as f64 / timing.us / 1e3;
+        let judged = suffix.is_empty() && direction != Direction::D2d;
+        let limit = self.report.limits[&format!("copy_engine_{}_gbps", direction.name())];
+        let row = Row {
+            case: fragment.case(direction) + &suffix,
+            ours: gbps,
+            unit: "GB/s".to_owned(),
+            gbps: Some(gbps),
+            limit: Some(limit),
+            goal: match direction {
+                Direction::D2d => (size >= 1 << 10).then_some(0.85 * limit),
+                _ => fragment.goal(direction).filter(|_| judged),
+            }
+            .filter(|_| self.device.is_cuda()),
+            tolerance: fragment.floor.filter(|_| judged),
+            ..Row::default()
+        };
+        self.add(row, timing);
         Ok(())
     }
 

@@ -415,6 +415,17 @@ pub struct Fragment {
 }
 
 impl Fragment {
+    /// GB/s over the link that are hard to beat on an H100 or H200.
+    pub fn goal(&self, direction: Direction) -> Option<f64> {
+        let of_link = if direction == Direction::H2d { 51.0 } else { 52.0 };
+        match self.bytes {
+            0..512 => None,
+            512..1024 => Some(28.0),
+            _ if self.label.starts_with("block") => Some(53.0),
+            _ => Some(of_link),
+        }
+    }
+
     /// The name of the case: `h2d/4K`, `block96K/h2d`.
     pub fn case(&self, direction: Direction) -> String {
         match self.label.strip_prefix("block") {

@@ -1,7 +1,7 @@
 //! Memory to time work on; moves of fragments at random addresses, plain reads and the copy engines.
 
 use hybridkv::abi::hkv_copy;
-use hybridkv::device::{Device, DeviceBuffer, PinnedBuffer, StreamRef};
+use hybridkv::device::{Device, DeviceBuffer, Event, PinnedBuffer, Span, Stream, StreamRef};
 use hybridkv::e4m3;
 use hybridkv::error::Result;
 use hybridkv::layout::Dtype;
@@ -80,6 +80,12 @@ impl Arenas {
     /// Bytes of each side of a move.
     pub fn side_bytes(&self) -> u64 {
         self.host.len() as u64
+    }
+
+    /// The memory that a move over the link starts in.
+    pub fn side(&self, direction: Direction) -> Span {
+        let (source, _, bytes) = self.sides(direction);
+        Span::new(source, bytes)
     }
 
     /// First address and length of the source and of the target of a move. The source of a move inside
@@ -186,6 +192,60 @@ impl Workload for EngineCopy {
     fn submit(&self, _round: usize, stream: StreamRef<'_>) -> Result<()> {
         // SAFETY: the arenas outlive the work; `measure` waits before it returns.
         unsafe { stream.copy(self.source, self.target, self.bytes as usize) }
+    }
+
+    fn in_graph(&self) -> bool {
+        false
+    }
+}
+
+/// One large copy each way at once by the copy engines, in pieces so that neither runs alone at the end.
+pub struct BothWays {
+    host: u64,
+    device: u64,
+    /// Of each direction.
+    bytes: u64,
+    other: Stream,
+    begun: Event,
+    ended: Event,
+}
+
+impl BothWays {
+    /// Half of the host's arena up, the other half down.
+    pub fn new(device: &Device, arenas: &Arenas) -> Result<Self> {
+        let bytes = arenas.side_bytes() / 2 / 4096 * 4096;
+        Ok(Self {
+            host: arenas.host.address(),
+            device: arenas.device.address(),
+            bytes,
+            other: device.stream()?,
+            begun: device.event()?,
+            ended: device.event()?,
+        })
+    }
+
+    /// Bytes of both copies.
+    pub fn bytes(&self) -> u64 {
+        2 * self.bytes
+    }
+}
+
+impl Workload for BothWays {
+    fn rounds(&self) -> usize {
+        1
+    }
+
+    fn submit(&self, _round: usize, stream: StreamRef<'_>) -> Result<()> {
+        let (other, bytes) = (self.other.as_ref(), self.bytes as usize);
+        stream.record(&self.begun)?;
+        other.wait(&self.begun)?;
+        // SAFETY: the arenas outlive the work, and the halves are apart; `measure` waits before it returns.
+        unsafe {
+            stream.copy(self.host, self.device, bytes)?;
+            other.copy(self.device + self.bytes, self.host + self.bytes, bytes)?;
+        }
+        other.record(&self.ended)?;
+        stream.wait(&self.ended)
     }
 
     fn in_graph(&self) -> bool {

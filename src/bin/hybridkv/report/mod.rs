@@ -92,7 +92,7 @@ pub struct Row {
 impl Row {
     /// Whether the figure is a time or a size, not a rate.
     pub fn less_is_better(&self) -> bool {
-        matches!(self.unit.as_str(), "us" | "ms" | "s" | "B/block")
+        matches!(self.unit.as_str(), "us" | "ms" | "s" | "B/block" | "%")
     }
 
     /// Whether our figure is as good as this one.
