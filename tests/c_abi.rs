@@ -80,7 +80,10 @@ fn the_header_shares_the_vocabulary_of_the_kernels() {
     let header = unbroken(include_str!("../include/hybridkv.h"));
     let mut shared = 0;
     for part in include_str!("../kernels/abi/layout.h").split("\n\n") {
-        if part.contains("enum ") || part.contains("typedef ") {
+        let declared = part.lines().find(|line| line.ends_with('{'));
+        let name = declared.and_then(|line| line.trim_end_matches(" {").split(' ').next_back());
+        // What no operation of the C ABI takes is not there.
+        if name.is_some_and(|name| header.split(' ').any(|word| word == name)) {
             assert!(header.contains(&unbroken(part)), "include/hybridkv.h has no\n{part}");
             shared += 1;
         }
