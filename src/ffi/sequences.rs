@@ -6,6 +6,8 @@ use super::guard;
 use super::header::*;
 use super::manager::{fill, hkv_manager, keys, name};
 use super::raw::{array, array_mut, out};
+use crate::error::Result;
+use crate::manager::{Cut, Manager};
 
 /// A number of tokens; more than memory holds is as good as infinitely many.
 fn count(tokens: u64) -> usize {
@@ -40,6 +42,28 @@ unsafe extern "C" fn hkv_manager_fork(
     })
 }
 
+/// Cuts a sequence back one way or the other.
+///
+/// # Safety
+/// A live handle that nobody else uses meanwhile, an array of its length, a place to write to.
+unsafe fn cut_back(
+    op: &'static str,
+    manager: *mut hkv_manager,
+    cut: impl FnOnce(&mut Manager) -> Result<Cut>,
+    dependents: *mut u64,
+    max_dependents: u64,
+    num_dependents: *mut u64,
+) -> Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let manager = &mut out(op, "manager", manager)?.manager;
+        let room = array_mut(op, "dependents", dependents, max_dependents)?;
+        let num = out(op, "num_dependents", num_dependents)?;
+        name(cut(manager)?.dependents, room, num);
+    }
+    Ok(())
+}
+
 #[unsafe(no_mangle)]
 unsafe extern "C" fn hkv_manager_trim(
     manager: *mut hkv_manager,
@@ -49,14 +73,10 @@ unsafe extern "C" fn hkv_manager_trim(
     max_dependents: u64,
     num_dependents: *mut u64,
 ) -> hkv_status {
-    const OP: &str = "hkv_manager_trim";
-    // SAFETY: a live handle that nobody else uses meanwhile, an array of its length.
+    let cut = |m: &mut Manager| m.trim(seq, count(tokens));
+    // SAFETY: the caller's promise: a live handle that nobody else uses meanwhile, an array of its length.
     guard(|| unsafe {
-        let manager = &mut out(OP, "manager", manager)?.manager;
-        let room = array_mut(OP, "dependents", dependents, max_dependents)?;
-        let num = out(OP, "num_dependents", num_dependents)?;
-        name(manager.trim(seq, count(tokens))?.dependents, room, num);
-        Ok(())
+        cut_back("hkv_manager_trim", manager, cut, dependents, max_dependents, num_dependents)
     })
 }
 
@@ -69,14 +89,10 @@ unsafe extern "C" fn hkv_manager_rollback(
     max_dependents: u64,
     num_dependents: *mut u64,
 ) -> hkv_status {
-    const OP: &str = "hkv_manager_rollback";
-    // SAFETY: a live handle that nobody else uses meanwhile, an array of its length.
+    let cut = |m: &mut Manager| m.rollback(seq, count(tokens));
+    // SAFETY: the caller's promise: a live handle that nobody else uses meanwhile, an array of its length.
     guard(|| unsafe {
-        let manager = &mut out(OP, "manager", manager)?.manager;
-        let room = array_mut(OP, "dependents", dependents, max_dependents)?;
-        let num = out(OP, "num_dependents", num_dependents)?;
-        name(manager.rollback(seq, count(tokens))?.dependents, room, num);
-        Ok(())
+        cut_back("hkv_manager_rollback", manager, cut, dependents, max_dependents, num_dependents)
     })
 }
 
