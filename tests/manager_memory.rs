@@ -69,16 +69,6 @@ const MIXES: [&[GroupKind]; 4] = [
     &[FULL, SLIDING, CHUNKED, GroupKind::State],
 ];
 
-const POLICIES: [Eviction; 7] = [
-    Eviction::Lru,
-    Eviction::Fifo,
-    Eviction::Lfu,
-    Eviction::Slru,
-    Eviction::Arc,
-    Eviction::Priority,
-    Eviction::Reuse,
-];
-
 fn config(kinds: &[GroupKind], num_blocks: u32, eviction: Eviction) -> ManagerConfig {
     ManagerConfig {
         groups: kinds.iter().map(|&kind| GroupConfig::new(kind, BLOCK_SIZE)).collect(),
@@ -124,7 +114,7 @@ fn fill(m: &mut Manager, prompts: std::ops::Range<u32>, tokens: u32) {
 fn a_cached_block_takes_at_most_96_bytes_in_each_tier() {
     const BLOCKS: u32 = 4096;
     for kinds in MIXES {
-        for eviction in POLICIES {
+        for &eviction in Eviction::ALL {
             let before = LIVE_BYTES.get();
             let mut m = Manager::new(ManagerConfig {
                 host: Some(HostConfig::new(BLOCKS)),
@@ -235,7 +225,7 @@ fn a_step_allocates_nothing_once_its_sequences_are_reserved() {
     let hosts = writes.map(|write| Some(host.with_write(write)));
     for kinds in MIXES {
         for host in [None].into_iter().chain(hosts) {
-            let policies = if host.is_none() { &POLICIES[..] } else { &[Eviction::Reuse] };
+            let policies = if host.is_none() { Eviction::ALL } else { &[Eviction::Reuse] };
             for &eviction in policies {
                 let mut steps = Steps::new(kinds, eviction, host);
                 for number in 0..WARM_UP {

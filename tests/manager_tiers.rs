@@ -198,17 +198,6 @@ fn a_host_smaller_than_a_prompt_holds_a_prefix_of_every_group() {
     assert_eq!(hit(&m, &prompt), (0, 80), "five blocks of each group");
 }
 
-/// Every policy by its name.
-const POLICIES: [Eviction; 7] = [
-    Eviction::Lru,
-    Eviction::Fifo,
-    Eviction::Lfu,
-    Eviction::Slru,
-    Eviction::Arc,
-    Eviction::Priority,
-    Eviction::Reuse,
-];
-
 /// Prompts whose first block a tier has evicted, of the events since the last call, in order.
 fn evicted(m: &mut Manager, tier: Tier, prompts: &[Vec<u32>]) -> Vec<usize> {
     let first = |prompt: &Vec<u32>| m.hash(prompt, KEYS).hashes()[0];
@@ -250,7 +239,7 @@ fn each_policy_decides_what_the_host_lets_go() {
 
 #[test]
 fn ends_go_before_starts_in_every_tier_under_every_policy() {
-    for eviction in POLICIES {
+    for &eviction in Eviction::ALL {
         let host = HostConfig { eviction, ..HostConfig::new(8) };
         let mut m = manager(&[FULL], 65, host);
         let storage = StorageConfig { eviction, ..StorageConfig::new(8) };

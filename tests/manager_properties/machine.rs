@@ -297,15 +297,7 @@ fn mixes() -> impl Strategy<Value = Vec<GroupConfig>> {
 }
 
 fn eviction() -> impl Strategy<Value = Eviction> {
-    prop::sample::select(vec![
-        Eviction::Lru,
-        Eviction::Fifo,
-        Eviction::Lfu,
-        Eviction::Slru,
-        Eviction::Arc,
-        Eviction::Priority,
-        Eviction::Reuse,
-    ])
+    prop::sample::select(Eviction::ALL)
 }
 
 /// A pool that holds one to three of the longest sequences.

@@ -193,18 +193,9 @@ pub fn config() -> impl Strategy<Value = ManagerConfig> {
         2 => Just(WritePolicy::Back),
     ];
     let host = prop::option::weighted(0.8, (0u32..40, write, 1u32..6));
-    let evictions = [
-        Eviction::Lru,
-        Eviction::Fifo,
-        Eviction::Lfu,
-        Eviction::Slru,
-        Eviction::Arc,
-        Eviction::Priority,
-        Eviction::Reuse,
-    ];
     (
         prop::sample::select(mixes.to_vec()),
-        prop::sample::select(evictions.to_vec()),
+        prop::sample::select(Eviction::ALL),
         12u32..60,
         host,
         any::<bool>(),

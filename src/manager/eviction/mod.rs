@@ -48,6 +48,10 @@ pub enum Eviction {
 }
 
 impl Eviction {
+    /// All of them.
+    pub const ALL: &[Self] =
+        &[Self::Lru, Self::Fifo, Self::Lfu, Self::Slru, Self::Arc, Self::Priority, Self::Reuse];
+
     fn policy(self, len: u32) -> Box<dyn Policy> {
         match self {
             Self::Lru => Box::new(lru::Lru),

@@ -67,13 +67,9 @@ proptest! {
 
     #[test]
     fn every_policy_gives_back_each_block_once(
-        which in 0usize..7,
+        eviction in prop::sample::select(Eviction::ALL),
         stored in prop::collection::vec((any::<u64>(), 0u8..9), 1..400),
     ) {
-        let eviction = [
-            Eviction::Lru, Eviction::Fifo, Eviction::Lfu, Eviction::Slru, Eviction::Arc,
-            Eviction::Priority, Eviction::Reuse,
-        ][which];
         let len = stored.len() as u32;
         let mut order = Order::new(eviction, len);
         for (id, &(key, hits)) in (0u32..).zip(&stored) {
