@@ -59,8 +59,7 @@ impl Lane {
     /// `count` blocks, or as many as there are places, from the host's part of the arenas to the device's or back.
     fn new(
         bench: &mut Bench<'_>,
-        model: &Arc<LinkModel>,
-        kernels: &Arc<Kernels>,
+        (kernels, model): (&Arc<Kernels>, &Arc<LinkModel>),
         (near_pool, far_pool): (Span, Span),
         way: Way,
         near: Near,
@@ -141,7 +140,7 @@ impl Lane {
             std::ptr::copy_nonoverlapping(copies.as_ptr(), rows, copies.len());
         }
         let table =
-            Span::new(self.table.address() + (first * size) as u64, (copies.len() * size) as u64);
+            Span::new(self.table.address() + (first * size) as u64, size_of_val(copies) as u64);
         let traffic = Traffic { way: self.way, both_ways };
         // SAFETY: arenas and tables outlive the synchronisation that every caller ends with; rows of the table are
         // written again only after it; blocks are distinct.
@@ -211,8 +210,7 @@ impl Bench<'_> {
                 let pools = (near, far);
                 let lane = Lane::new(
                     self,
-                    &model,
-                    &kernels,
+                    (&kernels, &model),
                     pools,
                     way,
                     Near::Whole,
@@ -225,18 +223,18 @@ impl Bench<'_> {
             let name = |what: &str| format!("{what}/{}", direction.name());
             let block = 4 * SCOUT_BLOCK;
             let (rows, count) = (Near::Rows(SCOUT_ROW), most / block);
-            let lane = Lane::new(self, &model, &kernels, (near, far), way, rows, block, count)?;
+            let lane = Lane::new(self, (&kernels, &model), (near, far), way, rows, block, count)?;
             self.one_way(name("scout48"), direction, lane, Some(50.0), None)?;
             let (rows, count) = (Near::Rows(512), most / SCOUT_BLOCK);
             let lane =
-                Lane::new(self, &model, &kernels, (near, far), way, rows, SCOUT_BLOCK, count)?;
+                Lane::new(self, (&kernels, &model), (near, far), way, rows, SCOUT_BLOCK, count)?;
             self.one_way(name("pages/512"), direction, lane, Some(40.0), None)?;
         }
 
         for (name, rows) in [("BlockFirst", Near::Whole), ("LayerFirst", Near::Rows(SCOUT_ROW))] {
             let (pools, way) = ((near, far), Way::HostToDevice);
             let lane =
-                Lane::new(self, &model, &kernels, pools, way, rows, SCOUT_BLOCK, SCOUT_BLOCKS)?;
+                Lane::new(self, (&kernels, &model), pools, way, rows, SCOUT_BLOCK, SCOUT_BLOCKS)?;
             let bytes = lane.bytes() as f64;
             let timing = self.sample(&mut [lane])?;
             let limit = self.report.limits["copy_engine_h2d_gbps"];
@@ -255,7 +253,7 @@ impl Bench<'_> {
         let both = |bench: &mut Self, near_rows: Near, block: u64| -> Result<[Lane; 2]> {
             let mut lane = |way, which| {
                 let pools = (half(near, which), half(far, which));
-                Lane::new(bench, &model, &kernels, pools, way, near_rows, block, u64::MAX)
+                Lane::new(bench, (&kernels, &model), pools, way, near_rows, block, u64::MAX)
             };
             Ok([lane(Way::HostToDevice, 0)?, lane(Way::DeviceToHost, 1)?])
         };
@@ -339,7 +337,7 @@ impl Bench<'_> {
         for (case, both_ways) in [("submit/10000", false), ("submit/10000/both-ways", true)] {
             let way = Way::HostToDevice;
             let mut lane =
-                Lane::new(self, model, kernels, pools, way, Near::Whole, SCOUT_BLOCK, 10_000)?;
+                Lane::new(self, (kernels, model), pools, way, Near::Whole, SCOUT_BLOCK, 10_000)?;
             let count = lane.copies.len();
             let mut samples = Vec::new();
             for _ in 0..8 {
