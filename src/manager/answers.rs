@@ -27,7 +27,7 @@ pub struct Allocation {
     pub host_hit_tokens: usize,
     /// Per group, blocks newly taken from the pool (targets of loads included).
     pub new_blocks: Vec<Vec<BlockId>>,
-    /// Tokens that have slots: all, or those up to the budget of [`Manager::allocate_prefill`].
+    /// Tokens that have slots: all, or those up to the budget of [`Manager::allocate_prefill`](super::Manager::allocate_prefill).
     pub num_tokens: usize,
     /// Transfers that must complete before the sequence is ready; empty when it is ready now.
     pub loads: Vec<TransferId>,
@@ -77,7 +77,7 @@ pub enum Completion {
         /// The sequence.
         seq: SeqId,
     },
-    /// A load of the sequence failed, and its steps ran behind its loads (see [`Manager::overlap`]): everything
+    /// A load of the sequence failed, and its steps ran behind its loads (see [`Manager::overlap`](super::Manager::overlap)): everything
     /// that it has computed since it was allocated is void, steps in flight and tokens put out included. The
     /// sequence has been freed, and can be allocated again.
     Void {
