@@ -22,6 +22,7 @@ const FAKE: &str = r#"
 SUCCEED(cuDeviceGet) SUCCEED(cuDeviceGetPCIBusId) SUCCEED(cuDevicePrimaryCtxRetain) SUCCEED(cuDevicePrimaryCtxRelease_v2)
 SUCCEED(cuCtxGetCurrent) SUCCEED(cuCtxPushCurrent_v2) SUCCEED(cuCtxPopCurrent_v2)
 SUCCEED(cuCtxSynchronize) SUCCEED(cuMemFree_v2) SUCCEED(cuMemHostUnregister) SUCCEED(cuMemcpyAsync)
+SUCCEED(cuMemcpy2DAsync_v2)
 SUCCEED(cuMemsetD8Async) SUCCEED(cuStreamDestroy_v2) SUCCEED(cuStreamSynchronize)
 SUCCEED(cuStreamWaitEvent) SUCCEED(cuEventCreate) SUCCEED(cuEventDestroy_v2) SUCCEED(cuEventRecord)
 SUCCEED(cuEventSynchronize) SUCCEED(cuEventElapsedTime) SUCCEED(cuLibraryUnload)
