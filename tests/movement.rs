@@ -283,7 +283,7 @@ fn a_warm_planner_allocates_nothing() {
     };
     let strided =
         |i: u64| hkv_copy { src: (i * 16_384) as *const _, dst: (i * 4096) as *mut _, bytes: 4096 };
-    let mut planner = Planner::with_capacity(10_000);
+    let mut planner = Planner::with_capacity(10_000).with_staging(u64::MAX);
     let mut copies: Vec<hkv_copy> = Vec::with_capacity(10_000);
     for round in 0..3 {
         for (shape, copy) in [

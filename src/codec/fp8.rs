@@ -43,9 +43,7 @@ impl Format for Fp8 {
         payload: &mut [u8],
     ) -> Result<u32, Fallback> {
         let dtype = geometry.dtype();
-        if !block.iter().all(|element| round::is_finite(dtype, *element)) {
-            return Err(Fallback::NotFinite);
-        }
+        round::require_finite(dtype, block)?;
         let span = self.span(geometry);
         let [scales, bytes] = sections_mut(payload, self.lengths(geometry));
         scales.fill(0);

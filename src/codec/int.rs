@@ -198,9 +198,7 @@ impl Format for Int {
         payload: &mut [u8],
     ) -> Result<u32, Fallback> {
         let dtype = geometry.dtype();
-        if !block.iter().all(|element| round::is_finite(dtype, *element)) {
-            return Err(Fallback::NotFinite);
-        }
+        round::require_finite(dtype, block)?;
         let lengths = self.lengths(geometry);
         let [key_groups, value_groups, words, pairs] = sections_mut(payload, lengths);
         let per_plane = geometry.planes() / 2;

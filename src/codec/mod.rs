@@ -3,7 +3,7 @@
 //! A block of 16-bit keys and values becomes a *slot*: a header, then a payload whose size is fixed by geometry
 //! and codec, so that slots never grow and never fragment. A block that a codec cannot hold is refused with a
 //! [`Fallback`] and stored raw instead. Slots stand alone: whatever decoding needs besides the geometry is in
-//! them, and their bytes depend on the block only, on the CPU as on a GPU (kernels/codec.cu).
+//! them, and their bytes depend on the block only, on the CPU as on a GPU (kernels/encode.cu).
 //!
 //! | codec | holds | bits per element (16 tokens, head_dim 128) |
 //! |---|---|---|

@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 
+use super::Fallback;
 use crate::layout::Dtype;
 
 /// Value of a 16-bit pattern.
@@ -59,6 +60,12 @@ pub(super) fn is_finite(dtype: Dtype, bits: u16) -> bool {
         _ => 0x7f80,
     };
     bits & exponent != exponent
+}
+
+/// Refuses a block with a pattern that is NaN or infinite.
+pub(super) fn require_finite(dtype: Dtype, block: &[u16]) -> Result<(), Fallback> {
+    let finite = block.iter().all(|bits| is_finite(dtype, *bits));
+    finite.then_some(()).ok_or(Fallback::NotFinite)
 }
 
 #[cfg(test)]

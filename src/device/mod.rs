@@ -311,8 +311,11 @@ impl Device {
     }
 
     /// Addresses that no single driver copy may cross; see [`cuda::CudaDevice::pinned_edges`]. None on the CPU.
-    pub fn pinned_edges(&self) -> Vec<u64> {
-        self.backend.as_cuda().map(cuda::CudaDevice::pinned_edges).unwrap_or_default()
+    pub fn pinned_edges(&self, edges: &mut Vec<u64>) {
+        edges.clear();
+        if let Some(cuda) = self.backend.as_cuda() {
+            cuda.pinned_edges(edges);
+        }
     }
 
     /// A new stream.

@@ -25,6 +25,8 @@ pub struct Mover {
     planner: Planner,
     /// Addresses of host blocks that are staged, in the order of their descriptors.
     host: Vec<u64>,
+    /// Addresses that no copy of the copy engines may cross.
+    edges: Vec<u64>,
     staging: Option<Staging>,
 }
 
@@ -58,6 +60,7 @@ impl Mover {
             model: model.clone(),
             planner: Planner::with_capacity(copies),
             host: Vec::with_capacity(copies),
+            edges: Vec::new(),
             staging: None,
         }
     }
@@ -77,6 +80,7 @@ impl Mover {
             emptied: events()?,
             next: 0,
         });
+        self.planner = self.planner.with_staging(SLOT_BYTES);
         Ok(self)
     }
 
@@ -108,15 +112,8 @@ impl Mover {
         // SAFETY: the table is pinned memory, as long as was checked, and nobody else's until the move has ended.
         let copies =
             unsafe { std::slice::from_raw_parts_mut(table.address as *mut hkv_copy, num_copies) };
-        let edges = self.kernels.device().pinned_edges();
-        let mut route = self.planner.plan(copies, shape, traffic, &self.model, &edges);
-        if let Route::Staged { copies, block_bytes, .. } = route
-            && (self.staging.is_none() || block_bytes > SLOT_BYTES)
-        {
-            let ctas = self.model.paths(traffic).kernels.first().map_or(1, |kernel| kernel.ctas);
-            route = Route::Direct { copies, ctas };
-        }
-        match route {
+        self.kernels.device().pinned_edges(&mut self.edges);
+        match self.planner.plan(copies, shape, traffic, &self.model, &self.edges) {
             Route::Direct { copies, ctas } => {
                 let args = MoveArgs {
                     copies: table,
@@ -144,16 +141,7 @@ impl Mover {
                 let way = traffic.way;
                 // SAFETY: as above.
                 unsafe {
-                    self.stage(
-                        &mut copies[..count],
-                        at,
-                        block_bytes,
-                        ctas,
-                        shape,
-                        way,
-                        &edges,
-                        stream,
-                    )
+                    self.stage(&mut copies[..count], at, block_bytes, ctas, shape, way, stream)
                 }
             }
         }
@@ -173,7 +161,6 @@ impl Mover {
         ctas: u32,
         shape: &MoveShape,
         way: Way,
-        edges: &[u64],
         stream: StreamRef<'_>,
     ) -> Result<()> {
         let Some(ring) = &mut self.staging else {
@@ -207,7 +194,7 @@ impl Mover {
                 let (src, dst) = if up { (host, staged) } else { (staged, host) };
                 let block =
                     hkv_copy { src: src as *const _, dst: dst as *mut _, bytes: block_bytes };
-                self.planner.push(block, edges);
+                self.planner.push(block, &self.edges);
             }
             let args = MoveArgs {
                 copies: table(first),

@@ -81,6 +81,8 @@ pub struct Planner {
     dsts: Vec<u64>,
     sizes: Vec<usize>,
     pitched: Vec<PitchedCopy>,
+    /// Bytes of the largest block that may be staged.
+    largest_staged: u64,
 }
 
 impl Planner {
@@ -91,7 +93,14 @@ impl Planner {
             dsts: Vec::with_capacity(copies),
             sizes: Vec::with_capacity(copies),
             pitched: Vec::with_capacity(copies),
+            largest_staged: 0,
         }
+    }
+
+    /// Lets blocks of up to so many bytes go by way of a ring in device memory.
+    #[must_use]
+    pub fn with_staging(self, largest: u64) -> Self {
+        Self { largest_staged: largest, ..self }
     }
 
     /// Plans a move. The descriptors are merged and put in order where they are: those that the route leaves to the
@@ -220,8 +229,8 @@ impl Planner {
             (Some(cost), Some(_)) => cost.us(count, count * rows, bytes),
             _ => f64::INFINITY,
         };
-        let staged =
-            staged_block(copies, shape, traffic.way).filter(|_| traffic.way != Way::Inside);
+        let staged = staged_block(copies, shape, traffic.way)
+            .filter(|&block| traffic.way != Way::Inside && block <= self.largest_staged);
         let by_staging = match (paths.engine, staged) {
             (Some(engine), Some(block)) => {
                 let scatter = model.staging;

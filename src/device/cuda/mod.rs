@@ -99,8 +99,9 @@ impl CudaDevice {
 
     /// Addresses in ascending order that no single copy of the driver may cross: where two registrations of one
     /// pinned buffer meet. [`StreamRef::copy`](crate::device::StreamRef::copy) splits there; kernels need not.
-    pub fn pinned_edges(&self) -> Vec<u64> {
-        self.seams.read().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn pinned_edges(&self, edges: &mut Vec<u64>) {
+        edges.clear();
+        edges.extend_from_slice(&self.seams.read().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Free device memory in bytes at this moment.

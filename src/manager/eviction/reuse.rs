@@ -1,7 +1,8 @@
 //! The crate's default: the block that is worth least gives way, and what it is worth is learned.
 //!
-//! Blocks of the same number of uses and age are one class. Of each class the policy knows, from a sample of contents that it follows whether they stay in the tier or not, what
-//! share is used again, and when. A block's worth is the largest ratio, over all times that it could be kept
+//! Blocks of the same number of uses and age are one class. Of each class the policy knows, from a sample of
+//! contents that it follows whether they stay in the tier or not, what share is used again, and when. A block's
+//! worth is the largest ratio, over all times that it could be kept
 //! for, of the uses to be expected in that time to the time it will have been kept (the index of Gittins for
 //! the choice between many such bets; as hit density it ranks cache lines in Beckmann, Chen and Cidon,
 //! NSDI 2018). So conversations that came back stay longer than those that may not, a scan passes through

@@ -1,7 +1,8 @@
 //! Whether learning pays. A tier cannot go by two rules at once, but what each would have had can be told in
 //! small: two shadows of the tier, which hold names alone, and of a sample of contents as many as the tier has room
 //! for, take in and evict what is used, one by age and one by worth (miniature simulations: Waldspurger,
-//! Saemundsson, Ahmad and Park, ATC 2017). Neither costs a hit, so that the rule that the tier does not go by is always on trial.
+//! Saemundsson, Ahmad and Park, ATC 2017). Neither costs a hit, so that the rule that the tier does not go by is
+//! always on trial.
 //!
 //! A shadow knows nothing of several groups, nor of hits that end at boundaries only. So its hits count for as
 //! much as the tier's own were of them while the tier went by the same rule.

@@ -53,7 +53,7 @@ fn check(
 ) -> (Route, Planner) {
     let mut expected = Memory(vec![None; length]);
     expected.copy_blocks(copies, shape);
-    let mut planner = Planner::default();
+    let mut planner = Planner::default().with_staging(u64::MAX);
     let mut planned = copies.to_vec();
     let route = planner.plan(&mut planned, shape, traffic, model, edges);
     let mut done = Memory(vec![None; length]);
@@ -227,7 +227,7 @@ fn each_size_takes_its_path() {
             .collect()
     };
     let shares = |copies: &[hkv_copy], traffic| {
-        let mut planner = Planner::default();
+        let mut planner = Planner::default().with_staging(u64::MAX);
         let mut planned = copies.to_vec();
         let route = planner.plan(&mut planned, &MoveShape::FRAGMENTS, traffic, &example(), &[]);
         let Route::Direct { copies, ctas } = route else { panic!("{route:?}") };
@@ -260,8 +260,15 @@ fn each_size_takes_its_path() {
     let shape = MoveShape::blocks(&[rows]).unwrap();
     let blocks: Vec<_> =
         (0..200).map(|i| copy(i * 7 % 200 * 393_216, i * 4096 * 3, 4096)).collect();
-    let route =
-        |traffic| Planner::default().plan(&mut blocks.clone(), &shape, traffic, &example(), &[]);
+    let route = |traffic| {
+        Planner::default().with_staging(u64::MAX).plan(
+            &mut blocks.clone(),
+            &shape,
+            traffic,
+            &example(),
+            &[],
+        )
+    };
     assert_eq!(route(alone), Route::Direct { copies: 200, ctas: 4 });
     assert_eq!(route(both), Route::Staged { copies: 200, block_bytes: 393_216, ctas: 8 });
 }
