@@ -102,11 +102,14 @@ fn damaged_appends_and_moves_are_noticed() {
     assert!(damaged("append", "skip").contains("was not written"));
     assert!(damaged("append", "stray").contains("should not have been"));
     assert!(damaged("append", "nan").contains("of the pool"));
-    assert!(damaged("move", "swap").contains("in fragment"));
-    assert!(damaged("move", "skip").contains("in fragment"));
+    for fault in ["swap", "skip"] {
+        let said = damaged("move", fault);
+        assert!(said.contains("in fragment") && said.contains("in block"), "{said}");
+    }
     assert!(damaged("move", "length").contains("16 bytes are wrong"));
     assert!(damaged("move", "nan").contains("1 bytes are wrong"));
-    assert!(damaged("move", "stray").contains("beside all fragments"));
+    let stray = damaged("move", "stray");
+    assert!(stray.contains("beside all fragments") && stray.contains("beside all blocks"));
 }
 
 #[test]

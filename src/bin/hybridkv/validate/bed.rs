@@ -1,5 +1,7 @@
 //! What every suite needs: the device under test, guarded memory, encoded elements, verdicts.
 
+use std::sync::Arc;
+
 use half::{bf16, f16};
 use hybridkv::device::{Device, DeviceBuffer, Stream};
 use hybridkv::e4m3;
@@ -13,7 +15,7 @@ pub struct Bed {
     /// Where everything runs.
     pub device: Device,
     /// What is tested.
-    pub kernels: Kernels,
+    pub kernels: Arc<Kernels>,
     /// Where it is submitted.
     pub stream: Stream,
     /// Damage done on purpose to what the kernels are given, to see that the checks notice.

@@ -15,6 +15,7 @@ mod problem;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::ValueEnum;
@@ -33,7 +34,7 @@ pub struct Args {
     /// What to check.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Suite::value_variants().to_vec())]
     suite: Vec<Suite>,
-    /// Random cases per suite (default: on a GPU 400 of attention and 120 of the others, on the CPU 40).
+    /// Random cases per suite (default: on a GPU 400 of attention, 240 of moves and 120 of the others, on the CPU 40).
     #[arg(long)]
     cases: Option<u64>,
     /// Seed of all cases and of their data.
@@ -67,7 +68,7 @@ enum Suite {
     Merge,
     /// The slot-mapped write of new K and V.
     Append,
-    /// Movement of fragments between device and host.
+    /// Movement of fragments, and of blocks from one layout to another, between device and host.
     Move,
     /// Blocks into slots and back.
     Codec,
@@ -80,9 +81,12 @@ impl Suite {
 
     fn cases(self, args: &Args, on_gpu: bool) -> u64 {
         let random = args.cases.unwrap_or(match (args.quick, on_gpu) {
+            // Of fragments and of blocks.
+            (true, _) if self == Self::Move => 48,
             (true, _) => 24,
             (_, false) => 40,
             (_, true) if self == Self::Attention => 400,
+            (_, true) if self == Self::Move => 240,
             (_, true) => 120,
         });
         if self == Self::Large { large::CASES.len() as u64 } else { random }
@@ -101,7 +105,7 @@ pub fn main(args: &Args) -> Result<ExitCode> {
     let device = open_device(&args.device)?;
     let on_gpu = device.is_cuda();
     let bed = Bed {
-        kernels: Kernels::load(&device)?,
+        kernels: Arc::new(Kernels::load(&device)?),
         stream: device.stream()?,
         device,
         fault: args.inject,

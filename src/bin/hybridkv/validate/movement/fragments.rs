@@ -1,20 +1,13 @@
-//! `move_blocks` bit by bit, in every direction: all of the target memory afterwards is what it was
-//! before, with the fragments in their places.
+//! Moves of fragments, each at a place of its own.
 
 use hybridkv::abi::hkv_copy;
-use hybridkv::device::{Device, DeviceBuffer, PinnedBuffer};
+use hybridkv::device::Span;
 use hybridkv::error::Result;
 use hybridkv::ops::{CtaQuota, MoveArgs, MoveShape};
 
-use super::bed::{Bed, Fault, Outcome};
+use super::super::bed::{Bed, Fault, Outcome};
+use super::{Memory, Place, bytes_of, damage, judge, noise};
 use crate::random::Rng;
-
-/// Where a side of a move is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
-    Device,
-    Host,
-}
 
 /// One case of `move_blocks`.
 #[derive(Debug)]
@@ -79,16 +72,14 @@ impl Case {
     pub fn run(&self, bed: &Bed, rng: &mut Rng) -> Result<Outcome> {
         let (sources, length) = self.scatter(rng);
         let (targets, target_length) = self.scatter(rng);
-        let mut random = |n: usize| -> Vec<u64> { (0..n / 8).map(|_| rng.next()).collect() };
-        let (source, before) = (random(length), random(target_length));
-        let mut expected: Vec<u8> = bytemuck::cast_slice(&before).to_vec();
+        let (source, before) = (noise(length, rng), noise(target_length, rng));
+        let mut expected = before.clone();
         for ((&from, &to), &bytes) in sources.iter().zip(&targets).zip(&self.fragments) {
-            let fragment = &bytemuck::cast_slice::<u64, u8>(&source)[from..from + bytes];
-            expected[to..to + bytes].copy_from_slice(fragment);
+            expected[to..to + bytes].copy_from_slice(&source[from..from + bytes]);
         }
 
-        let from = Memory::new(bed, self.from, bytemuck::cast_slice(&source))?;
-        let to = Memory::new(bed, self.to, bytemuck::cast_slice(&before))?;
+        let from = Memory::new(bed, self.from, &source)?;
+        let to = Memory::new(bed, self.to, &before)?;
         let mut table: Vec<hkv_copy> = sources
             .iter()
             .zip(&targets)
@@ -99,22 +90,11 @@ impl Case {
                 bytes: bytes as u64,
             })
             .collect();
-        match (bed.fault, &mut table[..]) {
-            (Some(Fault::Swap), [a, b, ..]) if a.bytes == b.bytes => {
-                std::mem::swap(&mut a.src, &mut b.src)
-            }
-            (Some(Fault::Skip), [_, ..]) => drop(table.pop()),
-            (Some(Fault::Length), [first, ..]) => first.bytes -= 16,
-            _ => {}
-        }
-        let bytes: Vec<u8> = table
-            .iter()
-            .flat_map(|c| [c.src as u64, c.dst as u64, c.bytes].map(u64::to_ne_bytes))
-            .flatten()
-            .collect();
+        damage(bed.fault, &mut table);
+        let bytes = bytes_of(&table);
         let copies = Memory::new(bed, self.table, &bytes)?;
         let args = MoveArgs {
-            copies: hybridkv::device::Span::new(copies.address(), bytes.len() as u64),
+            copies: Span::new(copies.address(), bytes.len() as u64),
             num_copies: table.len() as u64,
             shape: MoveShape::FRAGMENTS,
             quota: self.ctas.map_or(CtaQuota::WHOLE_DEVICE, CtaQuota::at_most),
@@ -124,7 +104,7 @@ impl Case {
         unsafe {
             bed.kernels.move_blocks(&args, stream)?;
             match bed.fault {
-                Some(Fault::Stray) => stream.fill(to.address(), !(before[0] as u8), 1)?,
+                Some(Fault::Stray) => stream.fill(to.address(), !before[0], 1)?,
                 Some(Fault::Nan) if !targets.is_empty() => {
                     let to = to.address() + targets[0] as u64;
                     stream.fill(to, !expected[targets[0]], 1)?;
@@ -133,21 +113,11 @@ impl Case {
             }
         }
         stream.synchronize()?;
-        let after = to.read()?;
-        let mut outcome = Outcome::default();
-        let wrong = after.iter().zip(&expected).filter(|(a, b)| a != b).count();
-        if wrong > 0 {
-            let first = after.iter().zip(&expected).position(|(a, b)| a != b).unwrap_or(0);
-            let fragment = targets
-                .iter()
-                .zip(&self.fragments)
-                .position(|(&at, &bytes)| (at..at + bytes).contains(&first));
-            let place =
-                fragment.map_or("beside all fragments".to_owned(), |f| format!("in fragment {f}"));
-            outcome.fail(format!("{wrong} bytes are wrong, the first at {first}, {place}"));
-            outcome.note("wrong", wrong as f64);
-        }
-        Ok(outcome)
+        let fragment = |byte| {
+            let mut places = targets.iter().zip(&self.fragments);
+            places.position(|(&at, &bytes)| (at..at + bytes).contains(&byte))
+        };
+        Ok(judge(&to.read()?, &expected, "fragment", fragment))
     }
 
     /// Offsets of the fragments in random order with gaps of 0 to 48 bytes, and the length of it all.
@@ -162,53 +132,5 @@ impl Case {
             end += self.fragments[index];
         }
         (offsets, end + 32)
-    }
-}
-
-/// Memory on either side.
-pub enum Memory {
-    Device(DeviceBuffer),
-    Host(PinnedBuffer),
-}
-
-impl Memory {
-    /// Memory that holds these bytes.
-    pub fn new(bed: &Bed, place: Place, bytes: &[u8]) -> Result<Self> {
-        let device: &Device = &bed.device;
-        Ok(match place {
-            Place::Device => Self::Device(device.upload(bytes)?),
-            Place::Host => {
-                let mut buffer = device.alloc_pinned(bytes.len())?;
-                buffer.as_mut_slice().copy_from_slice(bytes);
-                Self::Host(buffer)
-            }
-        })
-    }
-
-    /// Its address on the device.
-    pub fn address(&self) -> u64 {
-        match self {
-            Self::Device(buffer) => buffer.address(),
-            Self::Host(buffer) => buffer.address(),
-        }
-    }
-
-    /// What it holds.
-    pub fn read(&self) -> Result<Vec<u8>> {
-        match self {
-            Self::Device(buffer) => buffer.download(),
-            Self::Host(buffer) => Ok(buffer.as_slice().to_vec()),
-        }
-    }
-
-    /// Overwrites what it holds from the start on, and waits.
-    pub fn write(&self, bed: &Bed, bytes: &[u8]) -> Result<()> {
-        let mut staging = bed.device.alloc_pinned(bytes.len())?;
-        staging.as_mut_slice().copy_from_slice(bytes);
-        // SAFETY: both live until the stream is synchronised.
-        unsafe {
-            bed.stream.as_ref().copy(staging.address(), self.address(), bytes.len())?;
-        }
-        bed.stream.as_ref().synchronize()
     }
 }
