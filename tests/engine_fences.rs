@@ -13,7 +13,7 @@ use std::sync::Arc;
 use common::{FULL, KEYS};
 use hybridkv::ErrorKind;
 use hybridkv::device::{Device, DeviceBuffer, Event, PinnedBuffer, Stream, StreamRef};
-use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind};
+use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind, Pacing};
 use hybridkv::manager::{
     BlockId, Completion, Direction, HostConfig, Manager, Outcome, SeqId, Transfer, TransferId,
 };
@@ -113,8 +113,13 @@ impl World {
             bytes.fill(pattern(at / BLOCKS, at % BLOCKS));
         }
         let delay = if device.is_cuda() { DELAY_BYTES } else { 0 };
+        let mut engine = Engine::new(Arc::new(Kernels::load(device).unwrap()), sizes).unwrap();
+        if !device.is_cuda() {
+            // Pauses of stores beside loads are of real time: the order of a deferred device is its seed's alone.
+            engine.set_pacing(Pacing { beside_loads: 1.0, ..Pacing::default() }).unwrap();
+        }
         Self {
-            engine: Engine::new(Arc::new(Kernels::load(device).unwrap()), sizes).unwrap(),
+            engine,
             manager: common::manager(&[FULL], NUM_BLOCKS, Some(HostConfig::new(NUM_SLOTS))),
             compute: Arc::new(device.stream().unwrap()),
             patterns,

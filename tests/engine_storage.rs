@@ -196,7 +196,9 @@ fn a_store_has_one_owner_a_key_one_slot_and_a_budget_of_a_block_at_least() {
     let error = FileStore::open(folder.config(1, 4)).err().unwrap();
     assert!(error.to_string().contains("in use by another process"), "{error}");
     store.write(0, key(1), &payload(1)).unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(20));
+    let hour = std::time::Duration::from_secs(3600);
+    let older = fs::File::options().write(true).open(&folder.files()[0]).unwrap();
+    older.set_modified(std::time::SystemTime::now() - hour).unwrap();
     store.write(2, key(1), &payload(1)).unwrap();
     drop(store);
     assert_eq!(folder.open(1, 4).stored(), [entry(2, 1)], "the newer one");

@@ -315,10 +315,11 @@ impl Verifier {
         expected: ExpectedBlock,
         compute: StreamRef<'_>,
     ) -> Result<()> {
+        let is_block = |job: &Job| matches!(job, Job::Block(..));
         let entry = loop {
             match self.blocks.take() {
                 Some(entry) => break entry,
-                None => self.make_room(compute)?,
+                None => self.make_room(is_block, BLOCK_PROBES, compute)?,
             }
         };
         // SAFETY: the entry is this probe's alone until its event is complete; the block is memory of the
@@ -343,10 +344,11 @@ impl Verifier {
             }
             trial.probes += 1;
         }
+        let is_row = |job: &Job| matches!(job, Job::Row(..));
         let entry = loop {
             match self.rows.take() {
                 Some(entry) => break entry,
-                None => self.make_room(compute)?,
+                None => self.make_room(is_row, ROW_PROBES, compute)?,
             }
         };
         // SAFETY: the entry is this probe's alone until its event is complete; the output buffer is
@@ -425,9 +427,20 @@ impl Verifier {
         }
     }
 
-    /// All entries are taken: waits for the copies, and for the workers.
-    fn make_room(&mut self, compute: StreamRef<'_>) -> Result<()> {
-        self.flush(compute)?;
+    /// All `entries` of the probes of a kind are taken: waits for the workers, or, when they have none of them, for
+    /// the copies. So the order of the device's work does not depend on how fast the workers are.
+    fn make_room(
+        &mut self,
+        is_of_kind: fn(&Job) -> bool,
+        entries: usize,
+        compute: StreamRef<'_>,
+    ) -> Result<()> {
+        let fenced = self.fenced.iter().flat_map(|fenced| &fenced.jobs);
+        let held = self.trials.values().flat_map(|trial| &trial.held);
+        let with_us = self.pending.iter().chain(fenced).chain(held);
+        if with_us.filter(|&job| is_of_kind(job)).count() == entries {
+            return self.flush(compute);
+        }
         std::thread::sleep(Duration::from_micros(50));
         Ok(())
     }

@@ -11,6 +11,7 @@
 //! A prompt is allocated up to its hit first and appended chunk by chunk as it is scheduled: a block is
 //! findable only once the step that writes it is submitted.
 
+mod clock;
 mod prefetch;
 mod transfers;
 
@@ -19,7 +20,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hybridkv::device::{Device, Event, Stream};
-use hybridkv::engine::{BatchTables, BlockStore, Engine, Fault, FileStore, SeqSlice, StepTime};
+use hybridkv::engine::{
+    BatchTables, BlockStore, Engine, Fault, FileStore, Pacing, SeqSlice, StepTime,
+};
 use hybridkv::error::{Error, ErrorKind, Result};
 use hybridkv::manager::{BlockId, ExtraKeys, Manager, Outcome, SeqId, Transfer, TransferId};
 use hybridkv::ops::Kernels;
@@ -30,6 +33,7 @@ use super::model::{LayerTimer, Model, Reach, sink_logits};
 use super::sampling::{Sampler, Sequence};
 use super::setup::{Request, STEPS_IN_FLIGHT, Setup};
 use super::verify::{Oracle, Tally};
+use clock::Clock;
 use prefetch::Fetch;
 
 /// Attention is timed in one step of this many.
@@ -146,7 +150,8 @@ struct Step {
     start: Event,
     end: Event,
     slices: Vec<SeqSlice>,
-    /// Of a step of decode alone, the bytes that its attention reads: steps beside transfers are judged by it.
+    /// Of a measured step of decode alone, the bytes that its attention reads: steps beside transfers are judged
+    /// by it.
     decode_work: Option<f64>,
     /// What the timer measures, if it does.
     timed: Option<(bool, AttentionTime)>,
@@ -181,6 +186,7 @@ pub struct Server {
     pressed: bool,
     counters: Counters,
     started: Instant,
+    clock: Clock,
 }
 
 impl Server {
@@ -202,6 +208,10 @@ impl Server {
         }
         for fault in faults {
             engine.inject(*fault);
+        }
+        if !device.is_cuda() {
+            // Pauses are of measured time.
+            engine.set_pacing(Pacing { beside_loads: 1.0, ..Pacing::default() })?;
         }
         let compute = Arc::new(device.stream()?);
         if setup.poison {
@@ -250,6 +260,7 @@ impl Server {
             pressed: false,
             counters: Counters::default(),
             started: Instant::now(),
+            clock: Clock::new(device.is_cuda()),
             setup,
         })
     }
@@ -282,7 +293,9 @@ impl Server {
     /// Serves every request; `each_round` sees the server after every round.
     pub fn serve(&mut self, mut each_round: impl FnMut(&Self)) -> Result<()> {
         self.started = Instant::now();
+        self.clock = Clock::new(self.clock.is_measured());
         loop {
+            self.clock.round();
             self.collect()?;
             self.admit()?;
             self.schedule()?;
@@ -323,7 +336,7 @@ impl Server {
         {
             self.settle_oldest()?;
         }
-        self.manager.tick(self.started.elapsed().as_nanos() as u64)?;
+        self.manager.tick(self.clock.now())?;
         self.engine.poll(&mut self.completed)?;
         self.take_completions()
     }
@@ -626,7 +639,7 @@ impl Server {
             .map(|group| Reach::of(group.kind, group.sink_tokens, &self.batch))
             .collect();
         let (decode_only, work) = (batch.max_q_len == 1, attention_work(&self.setup, &reaches));
-        step.decode_work = decode_only.then_some(work.bytes);
+        step.decode_work = (decode_only && self.clock.is_measured()).then_some(work.bytes);
         if !self.timer_busy && self.counters.steps.is_multiple_of(TIMED_STEPS) {
             step.timed = Some((decode_only, work));
             self.timer_busy = true;

@@ -29,7 +29,7 @@ impl Server {
         while may_start(self) < AHEAD && self.waiting.len() < LOOK_AHEAD && !self.all_drawn() {
             self.draw();
         }
-        let now = self.started.elapsed().as_nanos() as u64;
+        let now = self.clock.now();
         let Self { waiting, manager, ended, counters, .. } = self;
         let may_start = |job: &&mut Job| job.may_start(ended);
         for job in waiting.iter_mut().filter(may_start).take(AHEAD) {
