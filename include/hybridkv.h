@@ -9,10 +9,10 @@
 //
 // Every function that can fail returns a hkv_status, and hkv_last_error() says in words what was
 // given, what is supported and what to do. After a failure nothing has been launched and nothing
-// was written.
+// was written, where nothing else is said.
 //
-// Handles may be used from any thread, a manager by one at a time. A kernels handle keeps its
-// device alive.
+// Handles may be used from any thread, a manager and a mover by one at a time. A kernels handle
+// keeps its device alive, a mover its kernels.
 //
 // Conventions
 //   strides count elements; a shape in brackets is row-major unless strides are given beside it
@@ -29,7 +29,7 @@ extern "C" {
 #endif
 
 // Changes when a struct or a function here changes. Compare with hkv_abi_version().
-#define HKV_ABI_VERSION 5u
+#define HKV_ABI_VERSION 6u
 
 // What a call came to.
 typedef enum hkv_status {
@@ -235,14 +235,72 @@ typedef struct hkv_merge_args {
   uint32_t head_dim;
 } hkv_merge_args;
 
+// What a block holds, rows [layers][K|V][heads][tokens], and where they lie from its address on. A
+// row is one token of one head. Strides are in bytes here, and multiples of 16: a pool of any
+// layout is a choice of them and of the addresses of its blocks.
+typedef struct hkv_block_layout {
+  uint32_t num_layers;
+  uint32_t num_parts;  // K and V: 2; a latent that serves as both: 1
+  uint32_t num_kv_heads;
+  uint32_t block_size;   // tokens
+  uint32_t row_bytes;    // a multiple of 16
+  uint32_t reserved;     // zero
+  int64_t stride_layer;  // hkv_block_layout_fill() sets this and the others for contiguous blocks
+  int64_t stride_part;
+  int64_t stride_head;
+  int64_t stride_token;
+  const int64_t* layer_offsets;  // [num_layers] host: bytes of each layer from the first one's
+                                 // place, where layers have no stride; or NULL
+} hkv_block_layout;
+
+// Contiguous blocks.
+typedef enum hkv_block_order {
+  HKV_BLOCK_FIRST_HND = 0,  // [layer][K|V][head][token], as blocks of the pools here are
+  HKV_BLOCK_FIRST_NHD = 1,  // [layer][K|V][token][head]
+  HKV_HEADS_OUTERMOST = 2,  // [head][layer][K|V][token], whatever the tensor parallelism
+} hkv_block_order;
+
+// Arguments of hkv_block_move_create: the same rows in two layouts.
+typedef struct hkv_block_move_args {
+  uint64_t struct_bytes;  // sizeof(hkv_block_move_args)
+  hkv_block_layout src;
+  hkv_block_layout dst;
+  uint32_t first_layer;
+  uint32_t num_layers;  // from the first one on; of both layouts' layers, those that move
+  uint32_t first_token;
+  uint32_t num_tokens;  // likewise: the live ones of a window, say
+} hkv_block_move_args;
+
+// The move of blocks from one layout to another.
+typedef struct hkv_block_move hkv_block_move;
+
 // Arguments of hkv_move_blocks.
 typedef struct hkv_move_args {
-  uint64_t struct_bytes;  // sizeof(hkv_move_args)
-  hkv_span copies;        // [num_copies] hkv_copy, in device or pinned host memory
-  uint64_t num_copies;    // 0 is a no-op
-  uint32_t max_ctas;      // CTAs the move may occupy; 0: the whole device. 4 fill a PCIe 5 link
-  uint32_t reserved;      // zero
+  uint64_t struct_bytes;         // sizeof(hkv_move_args)
+  hkv_span copies;               // [num_copies] hkv_copy, in device or pinned host memory
+  uint64_t num_copies;           // 0 is a no-op
+  const hkv_block_move* blocks;  // what each of them stands for; NULL: one fragment
+  uint32_t max_ctas;  // CTAs the move may occupy; 0: the whole device. 4 fill a PCIe 5 link
+  uint32_t reserved;  // zero
 } hkv_move_args;
+
+// Which way a move goes.
+typedef enum hkv_way {
+  HKV_HOST_TO_DEVICE = 0,  // from pinned memory
+  HKV_DEVICE_TO_HOST = 1,  // to pinned memory
+  HKV_INSIDE_DEVICE = 2,
+} hkv_way;
+
+// Arguments of hkv_mover_submit.
+typedef struct hkv_submit_args {
+  uint64_t struct_bytes;  // sizeof(hkv_submit_args)
+  hkv_span copies;        // [num_copies] hkv_copy, in pinned host memory; put in another order and
+                          // merged, and nobody else's until the stream has passed the move
+  uint64_t num_copies;    // 0 is a no-op
+  const hkv_block_move* blocks;  // what each of them stands for; NULL: one fragment
+  uint32_t way;                  // enum hkv_way
+  uint32_t both_ways;            // 1: the link is busy the other way meanwhile; else 0
+} hkv_submit_args;
 
 // A device. Destroyed when no handle refers to it any more.
 typedef struct hkv_device hkv_device;
@@ -316,8 +374,55 @@ hkv_status hkv_attention(const hkv_kernels* kernels, const hkv_attention_args* a
 // Merges attention states of the same rows: out = sum_i w_i o_i, w = softmax over their LSE.
 hkv_status hkv_merge_states(const hkv_kernels* kernels, const hkv_merge_args* args, void* stream);
 
-// Copies every fragment of a table, between device and pinned host memory in any direction.
+// Copies every fragment, or block, of a table, between device and pinned host memory in any
+// direction.
 hkv_status hkv_move_blocks(const hkv_kernels* kernels, const hkv_move_args* args, void* stream);
+
+// Sets the strides of a contiguous block (enum hkv_block_order) from its counts.
+hkv_status hkv_block_layout_fill(uint32_t order, hkv_block_layout* layout);
+
+// The move of blocks from one layout to another. May own a table on the device: to be kept until
+// the streams have passed the moves that name it.
+hkv_status hkv_block_move_create(const hkv_kernels* kernels, const hkv_block_move_args* args,
+                                 hkv_block_move** move);
+
+// Gives it up. NULL is ignored.
+void hkv_block_move_destroy(hkv_block_move* move);
+
+// Writes the descriptors of `count` blocks at these addresses (in device or pinned host memory).
+hkv_status hkv_block_move_copies(const hkv_block_move* move, const uint64_t* src,
+                                 const uint64_t* dst, uint64_t count, hkv_copy* copies);
+
+// What the paths between a host and a device cost: the kernel, the copy engines by fragment and by
+// row, and both through a ring in device memory.
+typedef struct hkv_link_model hkv_link_model;
+
+// Measures them, in less than 200 ms, on an idle device; takes memory meanwhile.
+hkv_status hkv_link_model_calibrate(const hkv_kernels* kernels, hkv_link_model** model);
+
+// Gives up a model. NULL is ignored.
+void hkv_link_model_destroy(hkv_link_model* model);
+
+// How many CTAs hkv_move_blocks should be given for so many rows (or fragments) and bytes in all:
+// as few as are as fast as more.
+hkv_status hkv_link_model_quota(const hkv_link_model* model, uint32_t way, uint32_t both_ways,
+                                uint64_t rows, uint64_t bytes, uint32_t* ctas);
+
+// Plans moves from a model and submits them, one after another.
+typedef struct hkv_mover hkv_mover;
+
+// A mover with room for plans of so many descriptors, which grows when there are more. With
+// `staging` (1 or 0) blocks may go by way of a ring of 24 MiB in device memory, which it takes.
+hkv_status hkv_mover_create(const hkv_kernels* kernels, const hkv_link_model* model,
+                            uint64_t num_copies, uint32_t staging, hkv_mover** mover);
+
+// Gives up a mover, when its moves are done. NULL is ignored.
+void hkv_mover_destroy(hkv_mover* mover);
+
+// Submits a move by the paths that are fastest for it. All of it is on the stream or joined back
+// into it. The moves of a mover go to one stream, or to streams that wait for one another, and are
+// submitted by one thread at a time. After HKV_CUDA_ERROR a part of the move may be under way.
+hkv_status hkv_mover_submit(hkv_mover* mover, const hkv_submit_args* args, void* stream);
 
 // The manager: which blocks every sequence has in which tier, and what has to be moved. It touches
 // no memory but its own, starts no thread and reads no clock: its caller runs the transfers that it

@@ -15,7 +15,14 @@ has passed the operation.
     args.workspace = hybridkv.span(torch.empty(kernels.attention_workspace(args), ...))
     kernels.attention(args, stream)
 
-`Manager` says which blocks every sequence has in which tier and what has to be moved.
+`Manager` says which blocks every sequence has in which tier and what has to be moved, `Mover` moves blocks between
+layouts and memories by the paths that are fastest there:
+
+    model = hybridkv.LinkModel(kernels)                         # measures them once
+    mover = hybridkv.Mover(kernels, model, num_copies=1000)
+    down = hybridkv.BlockMove(kernels, pool_layout, host_layout)
+    down.copies(device_addresses, host_addresses, table)        # a pinned tensor of 64-bit integers [n, 3]
+    mover.submit(table, n, hybridkv.DEVICE_TO_HOST, blocks=down, stream=stream)
 
 Shapes, letters and meanings are those of include/hybridkv.h. Failures raise `Error`.
 """
@@ -30,13 +37,15 @@ from ctypes import (
     sizeof,
 )
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 BF16, F16, F32, E4M3 = 0, 1, 2, 3
 FULL, SLIDING, CHUNKED = 0, 1, 2
 OFFLOAD, ONBOARD, PERSIST, FETCH = 0, 1, 2, 3
 READY, DROPPED, VOID = 1, 2, 3
 DEVICE, HOST, STORAGE = 0, 1, 2
 STORED, REMOVED, CLEARED = 0, 1, 2
+BLOCK_FIRST_HND, BLOCK_FIRST_NHD, HEADS_OUTERMOST = 0, 1, 2
+HOST_TO_DEVICE, DEVICE_TO_HOST, INSIDE_DEVICE = 0, 1, 2
 
 _DTYPES = {
     "torch.bfloat16": BF16, "torch.float16": F16, "torch.float32": F32,
@@ -138,10 +147,34 @@ class MergeArgs(Structure):
     ]
 
 
+class BlockLayout(Structure):
+    """What a block holds and where its rows lie from its address on, strides in bytes: see `block_layout`."""
+
+    _fields_ = [
+        ("num_layers", c_uint32), ("num_parts", c_uint32), ("num_kv_heads", c_uint32), ("block_size", c_uint32),
+        ("row_bytes", c_uint32), ("reserved", c_uint32), ("stride_layer", c_int64), ("stride_part", c_int64),
+        ("stride_head", c_int64), ("stride_token", c_int64), ("layer_offsets", POINTER(c_int64)),
+    ]
+
+
+class _BlockMoveArgs(Structure):
+    _fields_ = [
+        ("struct_bytes", c_uint64), ("src", BlockLayout), ("dst", BlockLayout), ("first_layer", c_uint32),
+        ("num_layers", c_uint32), ("first_token", c_uint32), ("num_tokens", c_uint32),
+    ]
+
+
 class MoveArgs(Structure):
     _fields_ = [
-        ("struct_bytes", c_uint64), ("copies", Span), ("num_copies", c_uint64), ("max_ctas", c_uint32),
-        ("reserved", c_uint32),
+        ("struct_bytes", c_uint64), ("copies", Span), ("num_copies", c_uint64), ("blocks", c_void_p),
+        ("max_ctas", c_uint32), ("reserved", c_uint32),
+    ]
+
+
+class _SubmitArgs(Structure):
+    _fields_ = [
+        ("struct_bytes", c_uint64), ("copies", Span), ("num_copies", c_uint64), ("blocks", c_void_p),
+        ("way", c_uint32), ("both_ways", c_uint32),
     ]
 
 
@@ -391,12 +424,36 @@ def merge_args(
     return _keeping(args, states, state_lse, out, lse, sink_logits, live_tokens)
 
 
-def move_args(copies, num_copies, max_ctas=0):
-    """copies: `num_copies` rows (src, dst, bytes) of 64-bit integers, on the device or pinned."""
+def move_args(copies, num_copies, max_ctas=0, blocks=None):
+    """copies: `num_copies` rows (src, dst, bytes) of 64-bit integers, on the device or pinned; each a fragment, or a
+    block of the `BlockMove`."""
     args = MoveArgs(
-        struct_bytes=sizeof(MoveArgs), copies=span(copies), num_copies=num_copies, max_ctas=max_ctas
+        struct_bytes=sizeof(MoveArgs), copies=span(copies), num_copies=num_copies, blocks=blocks and blocks._handle,
+        max_ctas=max_ctas,
     )
-    return _keeping(args, copies)
+    return _keeping(args, copies, blocks)
+
+
+def block_layout(
+    order=BLOCK_FIRST_HND, *, num_layers, num_kv_heads, block_size, row_bytes, num_parts=2, stride_layer=None,
+    stride_part=None, layer_offsets=None,
+):
+    """Rows [layer][K|V][head][token] of `row_bytes` each, contiguous in this order, but for the strides, in bytes, of pools
+    that have all blocks of a layer, or of K, together; or byte offsets of the layers from the first one."""
+    layout = BlockLayout(
+        num_layers=num_layers, num_parts=num_parts, num_kv_heads=num_kv_heads, block_size=block_size,
+        row_bytes=row_bytes,
+    )
+    _call("hkv_block_layout_fill", c_uint32(order), byref(layout))
+    if stride_layer is not None:
+        layout.stride_layer = stride_layer
+    if stride_part is not None:
+        layout.stride_part = stride_part
+    if layer_offsets is not None:
+        if len(layer_offsets) != num_layers:
+            raise ValueError(f"{len(layer_offsets)} offsets of {num_layers} layers")
+        layout.layer_offsets = (c_int64 * num_layers)(*layer_offsets)
+    return layout
 
 
 class Device:
@@ -470,6 +527,82 @@ class Kernels:
     def __del__(self):
         if getattr(self, "_handle", None):
             self._library.hkv_kernels_destroy(self._handle)
+
+
+class BlockMove:
+    """The move of blocks from one layout to another: all of each, or these `layers` and `tokens` (ranges). To be kept
+    until the streams have passed the moves that name it."""
+
+    def __init__(self, kernels, src, dst, layers=None, tokens=None):
+        self._library, self._handle = library(), c_void_p()
+        layers = range(src.num_layers) if layers is None else layers
+        tokens = range(src.block_size) if tokens is None else tokens
+        if layers.step != 1 or tokens.step != 1:
+            raise ValueError("layers and tokens are ranges of step 1")
+        args = _BlockMoveArgs(
+            struct_bytes=sizeof(_BlockMoveArgs), src=src, dst=dst, first_layer=layers.start,
+            num_layers=len(layers), first_token=tokens.start, num_tokens=len(tokens),
+        )
+        _call("hkv_block_move_create", kernels._handle, byref(args), byref(self._handle))
+
+    def copies(self, src, dst, table):
+        """Writes the descriptors of blocks at these addresses into a table, [n, 3] 64-bit integers on the host."""
+        if len(src) != len(dst):
+            raise ValueError(f"{len(src)} sources and {len(dst)} targets")
+        memory = span(table)
+        if memory.bytes < len(src) * sizeof(Copy):
+            raise ValueError(f"a table of {memory.bytes} bytes for {len(src)} blocks")
+        addresses = [(c_uint64 * len(side))(*side) for side in (src, dst)]
+        _call("hkv_block_move_copies", self._handle, *addresses, c_uint64(len(src)), c_void_p(memory.data))
+
+    def __del__(self):
+        if getattr(self, "_handle", None):
+            self._library.hkv_block_move_destroy(self._handle)
+
+
+class LinkModel:
+    """What the paths between the host and a device cost, measured in less than 200 ms."""
+
+    def __init__(self, kernels):
+        self._library, self._handle = library(), c_void_p()
+        _call("hkv_link_model_calibrate", kernels._handle, byref(self._handle))
+
+    def quota(self, way, rows, size, both_ways=False):
+        """How many CTAs `Kernels.move_blocks` should be given for so many rows and bytes."""
+        ctas = c_uint32()
+        _call(
+            "hkv_link_model_quota", self._handle, c_uint32(way), c_uint32(both_ways), c_uint64(rows),
+            c_uint64(size), byref(ctas),
+        )
+        return ctas.value
+
+    def __del__(self):
+        if getattr(self, "_handle", None):
+            self._library.hkv_link_model_destroy(self._handle)
+
+
+class Mover:
+    """Plans moves from a model and submits them. With `staging` blocks may go by way of 24 MiB of device memory."""
+
+    def __init__(self, kernels, model, num_copies, staging=True):
+        self._library, self._handle = library(), c_void_p()
+        _call(
+            "hkv_mover_create", kernels._handle, model._handle, c_uint64(num_copies), c_uint32(staging),
+            byref(self._handle),
+        )
+
+    def submit(self, copies, num_copies, way, blocks=None, both_ways=False, stream=0):
+        """copies: rows (src, dst, bytes) in pinned memory, the mover's own until the stream has passed the move; each a
+        fragment, or a block of the `BlockMove`. `both_ways`: the link is busy the other way meanwhile."""
+        args = _SubmitArgs(
+            struct_bytes=sizeof(_SubmitArgs), copies=span(copies), num_copies=num_copies,
+            blocks=blocks and blocks._handle, way=way, both_ways=both_ways,
+        )
+        _call("hkv_mover_submit", self._handle, byref(args), c_void_p(stream))
+
+    def __del__(self):
+        if getattr(self, "_handle", None):
+            self._library.hkv_mover_destroy(self._handle)
 
 
 class Manager:
@@ -690,7 +823,8 @@ def library():
         loaded = ctypes.CDLL(str(path))
         for name in ["hkv_last_error", "hkv_version", "hkv_status_name", "hkv_device_name"]:
             getattr(loaded, name).restype = c_char_p
-        for name in ["hkv_device_destroy", "hkv_kernels_destroy", "hkv_manager_destroy", "hkv_device_name"]:
+        handles = ["device", "kernels", "manager", "block_move", "link_model", "mover"]
+        for name in [*(f"hkv_{handle}_destroy" for handle in handles), "hkv_device_name"]:
             getattr(loaded, name).argtypes = [c_void_p]
         if loaded.hkv_abi_version() != ABI_VERSION:
             raise OSError(f"{path} has ABI version {loaded.hkv_abi_version()}, not {ABI_VERSION}")

@@ -1,5 +1,6 @@
 """Drives every operation on the CPU device with nothing but the standard library."""
 
+import itertools
 import math
 import random
 import struct
@@ -124,6 +125,79 @@ class OnTheCpu(unittest.TestCase):
             self.kernels.append(hkv.AppendArgs())
         with self.assertRaisesRegex(hkv.Error, "descriptor table has 24 bytes, 48 are needed"):
             self.kernels.move_blocks(hkv.move_args((hkv.Copy * 1)(), 2))
+
+
+class Moving(unittest.TestCase):
+    """Blocks of 3 layers, K and V, 2 heads, 4 tokens, rows of 16 bytes, between two layouts."""
+
+    ROWS = {"num_layers": 3, "num_kv_heads": 2, "block_size": 4, "row_bytes": 16}
+    BLOCKS, BLOCK, ROW = 6, 3 * 2 * 2 * 4 * 16, 16
+
+    def setUp(self):
+        self.kernels = hkv.Kernels(hkv.Device("cpu"))
+        self.packed = hkv.block_layout(hkv.HEADS_OUTERMOST, **self.ROWS)
+        # A tensor [block][K|V][token][head] per layer, the last layer's first.
+        of_layer = self.BLOCKS * 2 * 2 * 4 * 16
+        self.first = 2 * of_layer
+        self.layered = hkv.block_layout(
+            hkv.BLOCK_FIRST_NHD, layer_offsets=[0, -of_layer, -2 * of_layer], **self.ROWS
+        )
+
+    def row(self, layout, block, layer, part, head, token):
+        """Index of a row in its pool."""
+        if layout is self.packed:
+            base, layer = block * self.BLOCK, layer * layout.stride_layer
+        else:
+            base, layer = self.first + block * 2 * 2 * 4 * 16, layout.layer_offsets[layer]
+        inside = layer + part * layout.stride_part + head * layout.stride_head + token * layout.stride_token
+        return (base + inside) // self.ROW
+
+    def test_blocks_move_between_layouts_by_kernel_and_mover(self):
+        table = (hkv.Copy * 3)()
+        mover = hkv.Mover(self.kernels, hkv.LinkModel(self.kernels), num_copies=3)
+        for src, dst in (self.layered, self.packed), (self.packed, self.layered):
+            move = hkv.BlockMove(self.kernels, src, dst, layers=range(1, 3), tokens=range(1, 4))
+            base = lambda layout, block: 0 if layout is self.packed else self.first  # noqa: E731
+            stride = {True: self.BLOCK, False: 2 * 2 * 4 * 16}
+            for by_mover in False, True:
+                source = array("Q", range(self.BLOCKS * self.BLOCK // 8))
+                target = array("Q", [0] * len(source))
+                at = [
+                    [hkv.View(memory).address + base(layout, b) + b * stride[layout is self.packed] for b in blocks]
+                    for memory, layout, blocks in ((source, src, [0, 4, 5]), (target, dst, [2, 1, 0]))
+                ]
+                move.copies(*at, table)
+                if by_mover:
+                    mover.submit(table, 3, hkv.DEVICE_TO_HOST, blocks=move)
+                else:
+                    self.kernels.move_blocks(hkv.move_args(table, 3, blocks=move))
+                expected = array("Q", [0] * len(source))
+                for a, b in (0, 2), (4, 1), (5, 0):
+                    for layer, part, head, token in itertools.product((1, 2), (0, 1), (0, 1), (1, 2, 3)):
+                        i = 2 * self.row(src, a, layer, part, head, token)
+                        j = 2 * self.row(dst, b, layer, part, head, token)
+                        expected[j : j + 2] = source[i : i + 2]
+                self.assertEqual(target, expected)
+
+    def test_models_say_how_many_ctas(self):
+        model = hkv.LinkModel(self.kernels)
+        self.assertGreaterEqual(model.quota(hkv.HOST_TO_DEVICE, 1000, 4_096_000), 1)
+        with self.assertRaisesRegex(hkv.Error, "HKV_UNSUPPORTED.*way 3"):
+            model.quota(3, 1, 16)
+
+    def test_what_does_not_fit_is_refused(self):
+        with self.assertRaisesRegex(hkv.Error, "HKV_UNSUPPORTED.*multiples of 16"):
+            hkv.block_layout(**{**self.ROWS, "row_bytes": 24})
+        with self.assertRaisesRegex(hkv.Error, "is no part of"):
+            hkv.BlockMove(self.kernels, self.packed, self.layered, layers=range(1, 4))
+        with self.assertRaisesRegex(ValueError, "2 offsets of 3 layers"):
+            hkv.block_layout(layer_offsets=[0, 16], **self.ROWS)
+        move = hkv.BlockMove(self.kernels, self.packed, self.packed)
+        with self.assertRaisesRegex(ValueError, "a table of 24 bytes for 2 blocks"):
+            move.copies([0, 16], [0, 16], (hkv.Copy * 1)())
+        mover = hkv.Mover(self.kernels, hkv.LinkModel(self.kernels), num_copies=1, staging=False)
+        with self.assertRaisesRegex(hkv.Error, "descriptor table has 24 bytes, 48 are needed"):
+            mover.submit((hkv.Copy * 1)(), 2, hkv.INSIDE_DEVICE)
 
 
 class Managing(unittest.TestCase):

@@ -40,9 +40,10 @@ fn folder() -> PathBuf {
 const STRICT: [&str; 5] = ["-Wall", "-Wextra", "-Werror", "-pedantic", "-Iinclude"];
 
 #[test]
-fn c99_programs_drive_every_operation_and_the_manager() {
+fn c99_programs_drive_every_operation_the_manager_and_moves() {
     drive("ops");
     drive("manager");
+    drive("movement");
 }
 
 /// Compiles a program of tests/c and runs it.

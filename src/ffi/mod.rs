@@ -8,6 +8,7 @@
 mod config;
 mod header;
 mod manager;
+mod movement;
 mod raw;
 mod sequences;
 mod watch;
@@ -15,6 +16,7 @@ mod watch;
 use std::cell::RefCell;
 use std::ffi::{CString, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use crate::abi::{HKV_DTYPE_BF16, HKV_DTYPE_E4M3, HKV_DTYPE_F16, HKV_DTYPE_F32};
 use crate::device::{Device, Span};
@@ -35,7 +37,7 @@ struct hkv_device {
 
 /// The loaded kernels of a device.
 struct hkv_kernels {
-    kernels: Kernels,
+    kernels: Arc<Kernels>,
 }
 
 thread_local! {
@@ -139,7 +141,7 @@ unsafe extern "C" fn hkv_kernels_load(
     // SAFETY: the caller's promise.
     guard(|| unsafe {
         let device = handle("hkv_kernels_load", "device", device)?;
-        hand_out(kernels, || Ok(hkv_kernels { kernels: Kernels::load(&device.device)? }))
+        hand_out(kernels, || Ok(hkv_kernels::new(Kernels::load(&device.device)?)))
     })
 }
 
@@ -151,7 +153,7 @@ unsafe extern "C" fn hkv_kernels_load_checked(
     // SAFETY: the caller's promise.
     guard(|| unsafe {
         let device = handle("hkv_kernels_load_checked", "device", device)?;
-        hand_out(kernels, || Ok(hkv_kernels { kernels: Kernels::load(&device.device)?.checked() }))
+        hand_out(kernels, || Ok(hkv_kernels::new(Kernels::load(&device.device)?.checked())))
     })
 }
 
@@ -285,7 +287,8 @@ unsafe extern "C" fn hkv_move_blocks(
     // SAFETY: as for `hkv_append`.
     guard(|| unsafe {
         let kernels = &handle(OP, "kernels", kernels)?.kernels;
-        let args = arguments(OP, args)?.to_ops();
+        let args = arguments(OP, args)?;
+        let args = args.to_ops(movement::shape(args.blocks));
         kernels.move_blocks(&args, kernels.device().foreign_stream(stream))
     })
 }
@@ -294,6 +297,12 @@ impl hkv_device {
     fn new(device: Device) -> Self {
         let name = CString::new(device.info().name.replace('\0', " ")).unwrap_or_default();
         Self { device, name }
+    }
+}
+
+impl hkv_kernels {
+    fn new(kernels: Kernels) -> Self {
+        Self { kernels: Arc::new(kernels) }
     }
 }
 
@@ -498,11 +507,11 @@ impl hkv_merge_args {
 }
 
 impl hkv_move_args {
-    fn to_ops(self) -> MoveArgs {
+    fn to_ops(self, shape: MoveShape) -> MoveArgs {
         MoveArgs {
             copies: self.copies.to_ops(),
             num_copies: self.num_copies,
-            shape: MoveShape::FRAGMENTS,
+            shape,
             quota: match self.max_ctas {
                 0 => CtaQuota::WHOLE_DEVICE,
                 ctas => CtaQuota::at_most(ctas),
