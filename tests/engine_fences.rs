@@ -13,7 +13,7 @@ use std::sync::Arc;
 use common::{FULL, KEYS};
 use hybridkv::ErrorKind;
 use hybridkv::device::{Device, DeviceBuffer, Event, PinnedBuffer, Stream, StreamRef};
-use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind, Pacing};
+use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind, Pacing, SlotFormat};
 use hybridkv::manager::{
     BlockId, Completion, Direction, HostConfig, Manager, Outcome, SeqId, Transfer, TransferId,
 };
@@ -106,8 +106,12 @@ fn pattern(prompt: usize, block: usize) -> u8 {
 
 impl World {
     fn new(device: &Device, seed: u64, mistake: Option<Mistake>) -> Self {
-        let sizes =
-            EngineConfig { block_bytes: BLOCK, num_blocks: NUM_BLOCKS, num_slots: NUM_SLOTS };
+        let sizes = EngineConfig {
+            block_bytes: BLOCK,
+            num_blocks: NUM_BLOCKS,
+            num_slots: NUM_SLOTS,
+            slots: SlotFormat::AS_IS,
+        };
         let mut patterns = device.alloc_pinned(PROMPTS * BLOCKS * BLOCK).unwrap();
         for (at, bytes) in patterns.as_mut_slice().chunks_exact_mut(BLOCK).enumerate() {
             bytes.fill(pattern(at / BLOCKS, at % BLOCKS));

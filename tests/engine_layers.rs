@@ -6,8 +6,9 @@
 
 use std::sync::Arc;
 
+use hybridkv::codec::Codec;
 use hybridkv::device::{Device, PinnedBuffer, StreamRef};
-use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind, Layerwise, LoadMark};
+use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind, Layerwise, LoadMark, SlotFormat};
 use hybridkv::error::ErrorKind;
 use hybridkv::layout::{Dtype, KvShape};
 use hybridkv::manager::{BlockCopy, BlockHash, Direction, Outcome, Path, SeqId, Transfer};
@@ -40,7 +41,12 @@ fn plan() -> GroupPlan {
 /// An engine whose blocks `1..=blocks` are in the host slots of the same numbers, each layer of each of them with
 /// bytes of its own, and poisoned on the device. The odd blocks are of the first group.
 fn engine(device: &Device, blocks: u32, parts: u32, compute: StreamRef<'_>) -> Engine {
-    let config = EngineConfig { block_bytes: BLOCK, num_blocks: blocks + 1, num_slots: blocks + 1 };
+    let config = EngineConfig {
+        block_bytes: BLOCK,
+        num_blocks: blocks + 1,
+        num_slots: blocks + 1,
+        slots: SlotFormat::AS_IS,
+    };
     let kernels = Arc::new(Kernels::load(device).unwrap());
     let mut engine = Engine::new(kernels, config).unwrap();
     engine.load_by_layer(&plan(), Layerwise { parts, min_bytes: 0 }).unwrap();
@@ -59,6 +65,7 @@ fn engine(device: &Device, blocks: u32, parts: u32, compute: StreamRef<'_>) -> E
         path: Path::Offload { from: block, to: block },
         group: group(block),
         hash: BlockHash::NONE,
+        codec: Codec::Raw,
         seq: None,
     };
     engine.submit(&(1..=blocks).map(transfer).collect::<Vec<_>>(), compute).unwrap();
@@ -78,7 +85,14 @@ fn byte(block: u32, slot: u32) -> u8 {
 fn onboard(block: u32, seq: SeqId) -> Transfer {
     let path = Path::Onboard { from: block, to: block };
     let id = 1000 + u64::from(block);
-    Transfer { id, path, group: group(block), hash: BlockHash::NONE, seq: Some(seq) }
+    Transfer {
+        id,
+        path,
+        group: group(block),
+        hash: BlockHash::NONE,
+        codec: Codec::Raw,
+        seq: Some(seq),
+    }
 }
 
 fn wait(engine: &mut Engine) -> Vec<(u64, Outcome)> {
@@ -266,6 +280,7 @@ fn steps_store_what_they_wrote(seed: u64, parts: u32, marked: Marked) -> (bool, 
             path: Path::Offload { from: block, to: block },
             group: group(block),
             hash: BlockHash::NONE,
+            codec: Codec::Raw,
             seq: None,
         };
         engine.submit(&(1..=6).map(store).collect::<Vec<_>>(), compute).unwrap();
@@ -326,7 +341,8 @@ fn copies_of_blocks_after_a_step_are_stored_behind_the_copies() {
         unsafe { compute.fill(from.address, 0x3C, BLOCK).unwrap() };
         engine.copy_blocks(&[BlockCopy { group: 0, from: 1, to: 3 }], compute).unwrap();
         let path = Path::Offload { from: 3, to: 3 };
-        let store = Transfer { id: 1, path, group: 0, hash: BlockHash::NONE, seq: None };
+        let store =
+            Transfer { id: 1, path, group: 0, hash: BlockHash::NONE, codec: Codec::Raw, seq: None };
         engine.submit(&[store], compute).unwrap();
         wait(&mut engine);
         assert!(engine.slot(3).unwrap().iter().all(|&b| b == 0x3C), "{seed}");

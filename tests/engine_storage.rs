@@ -5,10 +5,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use hybridkv::codec::Codec;
 use hybridkv::device::Device;
 use hybridkv::engine::{
     BlockKey, BlockStore, Damage, Engine, EngineConfig, Fault, FaultKind, FileStore,
-    FileStoreConfig, SyncPolicy,
+    FileStoreConfig, SlotFormat, SyncPolicy,
 };
 use hybridkv::error::ErrorKind;
 use hybridkv::manager::{self, BlockHash, Direction, Outcome, StoredBlock, Transfer};
@@ -213,14 +214,15 @@ fn a_store_has_one_owner_a_key_one_slot_and_a_budget_of_a_block_at_least() {
 
 fn engine(folder: &Folder) -> (Device, Engine) {
     let device = Device::cpu();
-    let config = EngineConfig { block_bytes: BLOCK, num_blocks: 9, num_slots: 16 };
+    let config =
+        EngineConfig { block_bytes: BLOCK, num_blocks: 9, num_slots: 16, slots: SlotFormat::AS_IS };
     let mut engine = Engine::new(Arc::new(Kernels::load(&device).unwrap()), config).unwrap();
     engine.attach_storage(Arc::new(folder.open(1, 64)), 3).unwrap();
     (device, engine)
 }
 
 fn transfer(id: u64, path: manager::Path, n: u8) -> Transfer {
-    Transfer { id, path, group: key(n).group, hash: key(n).hash, seq: None }
+    Transfer { id, path, group: key(n).group, hash: key(n).hash, codec: Codec::Raw, seq: None }
 }
 
 /// Runs transfers to their ends, by polling; gives the outcomes in the order of the names, and the polls.

@@ -5,21 +5,23 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use hybridkv::codec::Codec;
 use hybridkv::device::{Device, StreamRef};
-use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind, HostSize, Pacing};
+use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind, HostSize, Pacing, SlotFormat};
 use hybridkv::error::ErrorKind;
 use hybridkv::manager::{BlockCopy, BlockHash, Direction, Outcome, Path, Transfer};
 use hybridkv::ops::Kernels;
 
 const BLOCK: usize = 4096 + 128;
-const CONFIG: EngineConfig = EngineConfig { block_bytes: BLOCK, num_blocks: 9, num_slots: 16 };
+const CONFIG: EngineConfig =
+    EngineConfig { block_bytes: BLOCK, num_blocks: 9, num_slots: 16, slots: SlotFormat::AS_IS };
 
 fn engine(device: &Device, config: EngineConfig) -> Engine {
     Engine::new(Arc::new(Kernels::load(device).unwrap()), config).unwrap()
 }
 
 fn transfer(id: u64, path: Path) -> Transfer {
-    Transfer { id, path, group: 0, hash: BlockHash::NONE, seq: None }
+    Transfer { id, path, group: 0, hash: BlockHash::NONE, codec: Codec::Raw, seq: None }
 }
 
 fn offload(id: u64, block: u32, slot: u32) -> Transfer {
@@ -166,8 +168,8 @@ fn bytes_survive_thousands_of_transfers_under_pressure() {
         let mut engine = engine(&device, CONFIG);
         let mut random = Random(seed);
         // What every block and slot holds, once outstanding work is done. None: anything.
-        let mut blocks = [None; CONFIG.num_blocks as usize];
-        let mut slots = [None; CONFIG.num_slots as usize];
+        let mut blocks = vec![None; CONFIG.num_blocks as usize];
+        let mut slots = vec![None; CONFIG.num_slots as usize];
         let mut outstanding: Vec<Transfer> = Vec::new();
         let (mut next_id, mut ended) = (0, Vec::new());
         for step in 0..3000 {
@@ -274,7 +276,12 @@ fn injected_faults_do_what_they_say() {
 fn more_transfers_than_the_ring_holds_wait_for_room() {
     let device = Device::cpu_deferred(2);
     let compute = device.stream().unwrap();
-    let config = EngineConfig { block_bytes: 128, num_blocks: 40_001, num_slots: 40_001 };
+    let config = EngineConfig {
+        block_bytes: 128,
+        num_blocks: 40_001,
+        num_slots: 40_001,
+        slots: SlotFormat::AS_IS,
+    };
     let mut engine = engine(&device, config);
     let transfers: Vec<Transfer> =
         (0..40_000).map(|i| offload(i, i as u32 + 1, i as u32)).collect();

@@ -170,7 +170,7 @@ impl Steps {
         let blocks = blocks * kinds.len() as u32;
         let mut m =
             Manager::new(ManagerConfig { host, ..config(kinds, blocks + 1, eviction) }).unwrap();
-        if host.is_some() {
+        if m.config().host.is_some() {
             let storage = StorageConfig { max_persists: IN_FLIGHT, ..StorageConfig::new(4096) };
             m.attach_storage(storage, &[]).unwrap();
         }
@@ -222,12 +222,12 @@ fn a_step_allocates_nothing_once_its_sequences_are_reserved() {
     const WARM_UP: u32 = 40;
     let writes = [WritePolicy::Through, WritePolicy::Selective { uses: 1 }, WritePolicy::Back];
     let host = HostConfig { max_offloads: IN_FLIGHT, ..HostConfig::new(2048) };
-    let hosts = writes.map(|write| Some(host.with_write(write)));
+    let hosts = writes.map(|write| Some(host.clone().with_write(write)));
     for kinds in MIXES {
-        for host in [None].into_iter().chain(hosts) {
+        for host in [None].into_iter().chain(hosts.clone()) {
             let policies = if host.is_none() { Eviction::ALL } else { &[Eviction::Reuse] };
             for &eviction in policies {
-                let mut steps = Steps::new(kinds, eviction, host);
+                let mut steps = Steps::new(kinds, eviction, host.clone());
                 for number in 0..WARM_UP {
                     steps.step(number).unwrap();
                 }

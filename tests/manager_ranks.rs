@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use hybridkv::ErrorKind;
 use hybridkv::device::{Device, Stream};
-use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind};
+use hybridkv::engine::{Engine, EngineConfig, Fault, FaultKind, SlotFormat};
 use hybridkv::manager::{
     Completion, Direction, ExtraKeys, GroupConfig, HostConfig, Manager, ManagerConfig, Outcome,
     Rank, RankSet, Report, Retention, Transfer, TransferId,
@@ -21,7 +21,8 @@ const TOKENS: usize = 16;
 /// Bytes of one token on one rank.
 const TOKEN: usize = 8;
 const BLOCK: usize = TOKENS * TOKEN;
-const CONFIG: EngineConfig = EngineConfig { block_bytes: BLOCK, num_blocks: 41, num_slots: 96 };
+const CONFIG: EngineConfig =
+    EngineConfig { block_bytes: BLOCK, num_blocks: 41, num_slots: 96, slots: SlotFormat::AS_IS };
 const KEYS: ExtraKeys<'static> = ExtraKeys { salt: "", lora: "" };
 
 fn manager() -> Manager {

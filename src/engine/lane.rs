@@ -10,10 +10,11 @@ use std::sync::Arc;
 use crate::abi::hkv_copy;
 use crate::device::{Device, Event, PinnedBuffer, Span, Stream, StreamRef};
 use crate::error::Result;
-use crate::manager::{Direction, Outcome, SeqId, TransferId};
+use crate::manager::{BlockId, Direction, Outcome, SeqId, TransferId};
 use crate::movement::{LinkModel, Mover, Traffic, Way};
 use crate::ops::{Kernels, MoveShape};
 
+use super::coder::{Coder, Rows};
 use super::fault::{FaultKind, Faults};
 use super::parts::Parts;
 
@@ -31,6 +32,12 @@ pub struct LaneStats {
     pub transfers: u64,
     /// Bytes they moved.
     pub bytes: u64,
+    /// Bytes of their blocks: more than they moved where codecs write the slots.
+    pub block_bytes: u64,
+    /// Transfers whose block no slot of its codec can hold.
+    pub unfit: u64,
+    /// Transfers whose slot no longer held what was written to it.
+    pub corrupt: u64,
     /// Milliseconds between the start and the end of their batches, summed.
     pub busy_ms: f64,
 }
@@ -40,6 +47,11 @@ impl LaneStats {
     pub fn gbps(&self) -> f64 {
         if self.busy_ms == 0.0 { 0.0 } else { self.bytes as f64 / self.busy_ms / 1e6 }
     }
+
+    /// The same of the blocks: what a lane that moves them as they are would have to reach.
+    pub fn effective_gbps(&self) -> f64 {
+        if self.busy_ms == 0.0 { 0.0 } else { self.block_bytes as f64 / self.busy_ms / 1e6 }
+    }
 }
 
 /// One transfer with its addresses.
@@ -48,9 +60,14 @@ pub(super) struct Move {
     pub group: u32,
     /// The sequence that waits for it.
     pub seq: Option<SeqId>,
+    pub block: BlockId,
+    /// Addresses of both ends, and of the one that is the slot.
     pub src: u64,
     pub dst: u64,
+    pub slot: u64,
+    /// Bytes to move: of the block, or of the slot that a codec writes; and bytes of the target.
     pub bytes: u64,
+    pub dst_bytes: u64,
     pub fate: Fate,
 }
 
@@ -91,19 +108,23 @@ struct Batch {
     transfers: Vec<(TransferId, Outcome)>,
     /// Sequences that wait for it.
     seqs: Vec<SeqId>,
-    /// Moved, and planned: faults move less.
+    /// Moved, of blocks, and planned: faults move less.
     bytes: u64,
+    block_bytes: u64,
     planned_bytes: u64,
     /// Read by the device while the batch is in flight; grows to the largest batch seen.
     descriptors: PinnedBuffer,
     /// What it has grown out of: to free it would be to wait for the device.
     outgrown: Vec<PinnedBuffer>,
+    /// Of what codecs move.
+    rows: Rows,
 }
 
 pub(super) struct Lane {
     direction: Direction,
     stream: Stream,
     mover: Mover,
+    coder: Coder,
     ring: Vec<Batch>,
     /// Index of the oldest batch in flight.
     head: usize,
@@ -112,6 +133,8 @@ pub(super) struct Lane {
     retired: u64,
     /// The last batch with a load of each sequence, while it is in flight.
     last: HashMap<SeqId, u64>,
+    /// Transfers that a batch which has ended has spoilt, and a later one ends.
+    spoilt: HashMap<TransferId, Outcome>,
     /// Of the batch that is being started.
     moves: Vec<Move>,
     stats: LaneStats,
@@ -121,6 +144,7 @@ impl Lane {
     pub fn new(
         kernels: &Arc<Kernels>,
         model: &Arc<LinkModel>,
+        coder: Coder,
         direction: Direction,
     ) -> Result<Self> {
         let device = kernels.device();
@@ -133,7 +157,9 @@ impl Lane {
                 transfers: Vec::with_capacity(DESCRIPTORS),
                 seqs: Vec::new(),
                 bytes: 0,
+                block_bytes: 0,
                 planned_bytes: 0,
+                rows: Rows::new(device)?,
                 descriptors: device.alloc_pinned(DESCRIPTORS * size_of::<hkv_copy>())?,
                 outgrown: Vec::new(),
             })
@@ -142,11 +168,13 @@ impl Lane {
             direction,
             stream: device.stream()?,
             mover: Mover::new(kernels, model, DESCRIPTORS),
+            coder,
             ring: (0..BATCHES).map(|_| batch()).collect::<Result<_>>()?,
             head: 0,
             in_flight: 0,
             retired: 0,
             last: HashMap::new(),
+            spoilt: HashMap::new(),
             moves: Vec::new(),
             stats: LaneStats::default(),
         })
@@ -232,14 +260,15 @@ impl Lane {
     ) -> Result<()> {
         let name = self.retired + self.in_flight as u64;
         let at = (self.head + self.in_flight) % BATCHES;
-        let Self { direction, stream, mover, ring, last, .. } = self;
+        let Self { direction, stream, mover, coder, ring, last, .. } = self;
         let way = match *direction {
             Direction::Offload => Way::DeviceToHost,
             _ => Way::HostToDevice,
         };
         let traffic = Traffic { way, both_ways };
         let (stream, batch) = (stream.as_ref(), &mut ring[at]);
-        batch.reserve(moves.len() * run.parts.len(), run.parts.len(), stream.device())?;
+        let rows = moves.iter().map(|m| coder.rows(m.group)).sum();
+        batch.reserve(moves.len() * run.parts.len(), rows, run.parts.len(), stream.device())?;
 
         stream.record(&batch.start)?;
         if run.parts.start == 0 {
@@ -255,10 +284,11 @@ impl Lane {
                 let range = parts.range(*group, part, run.of);
                 batch.planned_bytes += range.end - range.start;
                 let bytes = range.end.min(*bytes).saturating_sub(range.start);
-                if bytes == 0 {
+                if bytes == 0 || coder.moves(*group) {
                     continue;
                 }
                 batch.bytes += bytes;
+                batch.block_bytes += bytes;
                 let (src, dst) = (src + range.start, dst + range.start);
                 let copy = hkv_copy { src: src as *const _, dst: dst as *mut _, bytes };
                 // SAFETY: entry `end` of this batch's descriptors, which have room for every part of every
@@ -273,6 +303,11 @@ impl Lane {
             // inside of a block or slot in the engine's memory, ordered behind the compute stream, and
             // reserved by the manager until the transfer is reported as ended; parts do not overlap.
             unsafe { mover.submit(copies, num_copies, shape, traffic, stream)? };
+            // SAFETY: as above, of the batch's rows; each move has room for one per section.
+            let coded =
+                unsafe { coder.submit(&mut batch.rows, moves, parts, (part, run.of), stream)? };
+            batch.bytes += coded.slot_bytes;
+            batch.block_bytes += coded.block_bytes;
             if part + 1 < run.parts.end {
                 stream.record(&batch.parts[part - run.parts.start])?;
             }
@@ -330,10 +365,24 @@ impl Lane {
         let ms = f64::from(batch.end.elapsed_ms_since(&batch.start)?);
         self.stats.busy_ms += ms;
         self.stats.bytes += batch.bytes;
-        self.stats.transfers +=
-            batch.transfers.iter().filter(|(_, outcome)| *outcome == Outcome::Succeeded).count()
-                as u64;
-        ended.extend_from_slice(&batch.transfers);
+        self.stats.block_bytes += batch.block_bytes;
+        for (id, outcome) in batch.rows.spoilt() {
+            self.spoilt
+                .entry(id)
+                .and_modify(|worst| *worst = outcome.max(*worst))
+                .or_insert(outcome);
+        }
+        for &(id, outcome) in &batch.transfers {
+            let spoilt = self.spoilt.remove(&id);
+            match spoilt {
+                Some(Outcome::Unfit) => self.stats.unfit += 1,
+                Some(_) => self.stats.corrupt += 1,
+                None => {}
+            }
+            let outcome = spoilt.map_or(outcome, |spoilt| spoilt.max(outcome));
+            self.stats.transfers += u64::from(outcome == Outcome::Succeeded);
+            ended.push((id, outcome));
+        }
         for seq in &batch.seqs {
             if self.last.get(seq) == Some(&self.retired) {
                 self.last.remove(seq);
@@ -367,7 +416,7 @@ impl Move {
             Some(FaultKind::Fail) => {
                 // SAFETY: `dst` is a whole block or slot of the engine, which the manager reserves for this
                 // transfer until it is reported as ended.
-                unsafe { stream.fill(self.dst, 0xFF, self.bytes as usize)? };
+                unsafe { stream.fill(self.dst, 0xFF, self.dst_bytes as usize)? };
                 (self.bytes, self.fate.failed) = (0, true);
             }
             Some(FaultKind::Corrupt) => self.fate.corrupted = true,
@@ -377,7 +426,7 @@ impl Move {
             Some(FaultKind::Late { fills }) => {
                 for _ in 0..fills {
                     // SAFETY: as above.
-                    unsafe { stream.fill(self.dst, 0xFF, self.bytes as usize)? };
+                    unsafe { stream.fill(self.dst, 0xFF, self.dst_bytes as usize)? };
                 }
             }
             Some(FaultKind::Delay { .. } | FaultKind::Unordered) | None => {}
@@ -387,8 +436,9 @@ impl Move {
 }
 
 impl Batch {
-    /// Makes an ended batch ready for so many copies in so many parts.
-    fn reserve(&mut self, copies: usize, parts: usize, device: &Device) -> Result<()> {
+    /// Makes an ended batch ready for so many copies and rows in so many parts.
+    fn reserve(&mut self, copies: usize, rows: usize, parts: usize, device: &Device) -> Result<()> {
+        self.rows.reserve(rows, device)?;
         let bytes = copies * size_of::<hkv_copy>();
         if bytes > self.descriptors.len() {
             let larger = device.alloc_pinned(bytes.next_power_of_two())?;
@@ -399,7 +449,7 @@ impl Batch {
         }
         self.transfers.clear();
         self.seqs.clear();
-        (self.num_parts, self.bytes, self.planned_bytes) = (parts, 0, 0);
+        (self.num_parts, self.bytes, self.block_bytes, self.planned_bytes) = (parts, 0, 0, 0);
         Ok(())
     }
 }

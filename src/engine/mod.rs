@@ -15,10 +15,12 @@
 //! A transfer has ended once the event behind its batch is complete; [`Engine::poll`] says so and how it
 //! ended. [`BatchTables`] turns the block tables of a batch into the device arrays that kernels read.
 
+mod coder;
 mod config;
 mod copies;
 mod fault;
 mod fences;
+mod format;
 mod lane;
 mod parts;
 mod schedule;
@@ -29,6 +31,7 @@ mod tables;
 pub use config::{EngineConfig, HostSize};
 pub use fault::{Fault, FaultKind};
 pub use fences::StepMarks;
+pub use format::{GroupFormat, HostCodecs, Section, SlotFormat};
 pub use lane::{LaneStats, LoadMark};
 pub use parts::Layerwise;
 pub use schedule::{Pacing, StepTime};
@@ -41,13 +44,12 @@ use std::sync::Arc;
 use crate::device::{DeviceBuffer, Event, PinnedBuffer, Span, StreamRef};
 use crate::error::{Error, Result};
 use crate::layout::KvView;
-use crate::manager::{
-    BlockCopy, Direction, HostSlot, Outcome, Path, Place, SeqId, Transfer, TransferId,
-};
+use crate::manager::{BlockCopy, Direction, HostSlot, Outcome, Path, SeqId, Transfer, TransferId};
 use crate::movement::LinkModel;
 use crate::ops::Kernels;
 use crate::spec::{GroupPlan, LayerGroup};
-use config::{addressable, slot_bytes};
+use coder::Coder;
+use config::addressable;
 use copies::Copies;
 use fault::Faults;
 use fences::{Behind, Fences};
@@ -110,7 +112,7 @@ impl Engine {
     /// # Errors
     /// Those of [`Self::new`].
     pub fn replica(kernels: Arc<Kernels>, owner: &Self) -> Result<Self> {
-        Self::with_arena(kernels, owner.config, Arc::clone(&owner.arena))
+        Self::with_arena(kernels, owner.config.clone(), Arc::clone(&owner.arena))
     }
 
     fn with_arena(
@@ -121,12 +123,16 @@ impl Engine {
         let device = kernels.device();
         let pool = device.alloc(addressable(config.device_bytes(), "device")?)?;
         let model = Arc::new(LinkModel::calibrate(&kernels)?);
-        let whole = || Parts::whole(config.block_bytes as u64);
+        let whole = || Parts::whole(config.block_bytes as u64, &config.slots);
+        let coder = |way| Coder::new(&kernels, &config, pool.span(), way);
         Ok(Self {
             storage: None,
             load_parts: whole(),
-            offload: Stores::new(&kernels, &model, whole())?,
-            onboard: Lane::new(&kernels, &model, Direction::Onboard)?,
+            offload: Stores::new(&kernels, &model, coder(Direction::Offload)?, whole())?,
+            onboard: {
+                let way = Direction::Onboard;
+                Lane::new(&kernels, &model, coder(way)?, way)?
+            },
             copies: Copies::new(device)?,
             fences: Fences::new(device),
             faults: Faults::default(),
@@ -158,11 +164,50 @@ impl Engine {
         Ok(Span::new(self.pool.address() + block as u64 * bytes, bytes))
     }
 
-    /// The bytes of one host slot. They are stable while no transfer to the slot is outstanding.
+    /// The bytes of one host slot that blocks use. They are stable while no transfer to the slot is outstanding.
     pub fn slot(&self, slot: HostSlot) -> Result<&[u8]> {
         let span = self.slot_span(slot)?;
         let start = (span.address - self.arena.address()) as usize;
         Ok(&self.arena.as_slice()[start..start + span.bytes as usize])
+    }
+
+    /// Reads the block of a group out of its host slot: the bits `[layer][K|V][head][token][dim]` of it that the
+    /// slot holds, verified where a codec wrote them.
+    ///
+    /// # Errors
+    /// `Corrupt` for a slot that does not hold a block of this group and codec, whole; `InvalidArgument` for a slot
+    /// out of range, or a group whose elements no codec knows.
+    pub fn read_slot(&self, slot: HostSlot, group: u32) -> Result<Vec<u16>> {
+        let Some(format) = self.config.slots.groups().get(group as usize) else {
+            return Err(Error::invalid(
+                OP,
+                format!("group {group}: what its slots hold is not known"),
+            ));
+        };
+        format.read(self.slot(slot)?)
+    }
+
+    /// Makes one bit of what the host slots hold wrong: for tests of what stands on them.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for a bit beyond the slot, or while transfers are outstanding.
+    pub fn damage_slot(&mut self, slot: HostSlot, bit: u64) -> Result<()> {
+        let span = self.slot_span(slot)?;
+        if self.outstanding() > 0 || bit / 8 >= span.bytes {
+            return Err(Error::invalid(
+                OP,
+                format!(
+                    "bit {bit} of a slot of {} bytes, {} transfers outstanding",
+                    span.bytes,
+                    self.outstanding()
+                ),
+            ));
+        }
+        let byte = (span.address + bit / 8) as *mut u8;
+        // SAFETY: a byte of the arena, which nothing else accesses while no transfer is outstanding: slices of slots
+        // borrow the engine.
+        unsafe { *byte ^= 1 << (bit % 8) };
+        Ok(())
     }
 
     fn slot_span(&self, slot: HostSlot) -> Result<Span> {
@@ -170,9 +215,9 @@ impl Engine {
         if slot >= count {
             return Err(Error::invalid(OP, format!("slot {slot} of an arena of {count} slots")));
         }
-        let stride = slot_bytes(self.config.block_bytes);
+        let stride = self.config.slots.stride(self.config.block_bytes);
         let address = self.arena.address() + slot as u64 * stride;
-        Ok(Span::new(address, self.config.block_bytes as u64))
+        Ok(Span::new(address, self.config.slot_bytes() as u64))
     }
 
     /// The pool as kernels see it through one layer group of `plan`.
@@ -214,7 +259,7 @@ impl Engine {
     /// Blocks when a lane's ring is full, until its oldest batch has ended.
     ///
     /// # Errors
-    /// `InvalidArgument` for a block or slot out of range: nothing was started.
+    /// `InvalidArgument` for a block or slot out of range, or a slot of another codec: nothing was started.
     pub fn submit(&mut self, transfers: &[Transfer], compute: StreamRef<'_>) -> Result<()> {
         if transfers.is_empty() {
             return Ok(());
@@ -224,6 +269,17 @@ impl Engine {
                 self.block(block)?;
             }
             self.slot_span(transfer.path.slot())?;
+            let codec = self.config.slots.codec(transfer.group);
+            if transfer.codec != codec {
+                return Err(Error::invalid(
+                    OP,
+                    format!(
+                        "a slot of group {} in {}, the engine's are in {codec}: build the manager's host tier with \
+                         EngineConfig::host",
+                        transfer.group, transfer.codec
+                    ),
+                ));
+            }
             if let Path::Persist { to: slot, .. } | Path::Fetch { from: slot, .. } = transfer.path {
                 let slots = self.storage.as_ref().map_or(0, |s| s.store().num_slots());
                 if slot >= slots {
@@ -241,17 +297,20 @@ impl Engine {
             |wanted| transfers.iter().filter(move |t| t.path.direction() == wanted).peekable();
         let fence = self.fences.record(compute)?;
         let (pool, arena) = (self.pool.address(), self.arena.address());
-        let bytes = self.config.block_bytes as u64;
+        let block_bytes = self.config.block_bytes as u64;
+        let (slots, stride) =
+            (self.config.slots.clone(), self.config.slots.stride(self.config.block_bytes));
         let as_move = |transfer: &Transfer| {
-            let address = |place| match place {
-                Place::Device(block) => pool + block as u64 * bytes,
-                Place::Host(slot) | Place::Storage(slot) => {
-                    arena + slot as u64 * slot_bytes(bytes as usize)
-                }
+            let Transfer { id, group, seq, path, .. } = *transfer;
+            let block = path.block().unwrap_or_default();
+            let (at, slot) =
+                (pool + u64::from(block) * block_bytes, arena + u64::from(path.slot()) * stride);
+            let bytes = slots.moved_bytes(group, block_bytes);
+            let (src, dst, dst_bytes) = match path.direction() {
+                Direction::Onboard => (slot, at, block_bytes),
+                _ => (at, slot, bytes),
             };
-            let (src, dst) = (address(transfer.path.from()), address(transfer.path.to()));
-            let Transfer { id, group, seq, .. } = *transfer;
-            Move { id, group, seq, src, dst, bytes, fate: Fate::default() }
+            Move { id, group, seq, block, src, dst, slot, bytes, dst_bytes, fate: Fate::default() }
         };
         let mut loads = of_direction(Direction::Onboard);
         if loads.peek().is_some() && !self.faults.take_unordered(Direction::Onboard) {
@@ -394,7 +453,7 @@ impl Engine {
             return Err(Error::invalid(OP, "onboards are under way: wait until they have ended"));
         }
         let bytes = self.config.block_bytes as u64;
-        self.load_parts = Parts::of(plan, loads, bytes, Direction::Onboard)?;
+        self.load_parts = Parts::of(plan, loads, bytes, &self.config.slots, Direction::Onboard)?;
         Ok(())
     }
 
@@ -408,7 +467,7 @@ impl Engine {
             return Err(Error::invalid(OP, "offloads are under way: wait until they have ended"));
         }
         let bytes = self.config.block_bytes as u64;
-        let parts = Parts::of(plan, stores, bytes, Direction::Offload)?;
+        let parts = Parts::of(plan, stores, bytes, &self.config.slots, Direction::Offload)?;
         self.fences.set_parts(parts.most());
         self.offload.set_parts(parts);
         Ok(())

@@ -4,13 +4,17 @@
 //! A part is a run of layers of the model, the same for all groups: part `p` of a block are the bytes of those
 //! of its layer slots whose layers belong to the run, one fragment, because slots are in the order of layers.
 //! Part by part over all blocks of a batch, layers come in the order in which they are needed.
+//!
+//! A slot that a codec wrote is read by sections: a section of several parts comes with that of its first layer, and
+//! goes with that of its last one.
 
 use std::ops::Range;
 
 use super::OP;
+use super::format::{GroupFormat, SlotFormat};
 use crate::error::{Error, Result};
 use crate::manager::Direction;
-use crate::spec::GroupPlan;
+use crate::spec::{GroupPlan, LayerGroup};
 
 /// Transfers of one batch of whole blocks.
 const WHOLE_BATCH: usize = 1024;
@@ -40,21 +44,23 @@ pub(super) struct Parts {
     count: usize,
     min_bytes: u64,
     block_bytes: u64,
+    slots: SlotFormat,
     /// Whether states, of which every layer is part, come with the last part and not with the first.
     states_last: bool,
     /// Part of each model layer.
     of_layer: Vec<u32>,
-    /// `[group][part]`: bytes of a block.
+    /// `[group][part]`: bytes of a block, or of a slot that a codec wrote.
     ranges: Vec<Vec<Range<u64>>>,
 }
 
 impl Parts {
     /// Blocks that move whole.
-    pub fn whole(block_bytes: u64) -> Self {
+    pub fn whole(block_bytes: u64, slots: &SlotFormat) -> Self {
         Self {
             count: 1,
             min_bytes: 0,
             block_bytes,
+            slots: slots.clone(),
             states_last: false,
             of_layer: Vec::new(),
             ranges: Vec::new(),
@@ -67,8 +73,10 @@ impl Parts {
         plan: &GroupPlan,
         layerwise: Layerwise,
         block_bytes: u64,
+        slots: &SlotFormat,
         direction: Direction,
     ) -> Result<Self> {
+        let states_last = direction == Direction::Offload;
         let layers = || plan.groups.iter().flat_map(|group| &group.layers);
         let num_layers = layers().max().map_or(0, |last| *last as usize + 1);
         if layerwise.parts == 0 {
@@ -94,24 +102,18 @@ impl Parts {
                     ),
                 ));
             };
-            let mut of_group = vec![0..0; count];
-            for (slot, &layer) in group.layers.iter().enumerate() {
-                let range: &mut Range<u64> = &mut of_group[of_layer[layer as usize] as usize];
-                if range.is_empty() {
-                    range.start = (slot * slot_bytes) as u64;
-                }
-                range.end = match slot + 1 == group.layers.len() {
-                    true => block_bytes,
-                    false => ((slot + 1) * slot_bytes) as u64,
-                };
-            }
-            ranges.push(of_group);
+            let of_layer = |slot: usize| of_layer[group.layers[slot] as usize] as usize;
+            ranges.push(match slots.encoded(g as u32) {
+                Some(format) => sections(format, count, states_last, of_layer),
+                None => layers_of(group, count, slot_bytes as u64, block_bytes, of_layer),
+            });
         }
         Ok(Self {
             count,
             min_bytes: layerwise.min_bytes,
             block_bytes,
-            states_last: direction == Direction::Offload,
+            slots: slots.clone(),
+            states_last,
             of_layer,
             ranges,
         })
@@ -127,11 +129,13 @@ impl Parts {
         if bytes < self.min_bytes { 1 } else { self.count }
     }
 
-    /// Bytes of a block of a group that part `part` of `count` moves.
+    /// Bytes of a block of a group, or of its slot where a codec writes it, that part `part` of `count` moves.
     pub fn range(&self, group: u32, part: usize, count: usize) -> Range<u64> {
         match self.ranges.get(group as usize) {
             Some(ranges) if count > 1 => ranges[part].clone(),
-            _ if part == if self.states_last { count - 1 } else { 0 } => 0..self.block_bytes,
+            _ if part == if self.states_last { count - 1 } else { 0 } => {
+                0..self.slots.moved_bytes(group, self.block_bytes)
+            }
             _ => 0..0,
         }
     }
@@ -153,9 +157,50 @@ impl Parts {
     }
 }
 
+/// The parts of a block that is kept as it is.
+fn layers_of(
+    group: &LayerGroup,
+    count: usize,
+    layer_bytes: u64,
+    block_bytes: u64,
+    of_layer: impl Fn(usize) -> usize,
+) -> Vec<Range<u64>> {
+    let mut ranges = vec![0..0; count];
+    for slot in 0..group.layers.len() {
+        let end = match slot + 1 == group.layers.len() {
+            true => block_bytes,
+            false => (slot as u64 + 1) * layer_bytes,
+        };
+        extend(&mut ranges[of_layer(slot)], slot as u64 * layer_bytes..end);
+    }
+    ranges
+}
+
+/// The parts of a slot that a codec wrote: sections with the part of their first layer, or of their last one.
+fn sections(
+    format: &GroupFormat,
+    count: usize,
+    last: bool,
+    of_layer: impl Fn(usize) -> usize,
+) -> Vec<Range<u64>> {
+    let mut ranges = vec![0..0; count];
+    for section in &format.sections {
+        let first = section.first_layer_slot as usize;
+        let layer = if last { first + section.geometry.layers() - 1 } else { first };
+        extend(&mut ranges[of_layer(layer)], section.offset..section.offset + section.bytes);
+    }
+    ranges
+}
+
+/// Makes a range reach to the end of one behind it.
+fn extend(range: &mut Range<u64>, by: Range<u64>) {
+    *range = if range.is_empty() { by } else { range.start..by.end };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::HostCodecs;
     use crate::spec::ModelSpec;
 
     #[test]
@@ -167,7 +212,9 @@ mod tests {
             let ways = [Direction::Onboard, Direction::Offload];
             for (parts, way) in [1, 2, 7, 16, 1000].into_iter().flat_map(|p| ways.map(|w| (p, w))) {
                 let layerwise = Layerwise { parts, min_bytes: 0 };
-                let parts = Parts::of(&plan, layerwise, plan.block_bytes as u64, way).unwrap();
+                let as_is = SlotFormat::AS_IS;
+                let parts =
+                    Parts::of(&plan, layerwise, plan.block_bytes as u64, &as_is, way).unwrap();
                 let count = parts.count(1);
                 let layers = 0..plan.groups.iter().map(|group| group.layers.len()).sum::<usize>();
                 let ends: Vec<_> = layers.filter_map(|l| parts.ends_with(l as u32)).collect();
@@ -193,6 +240,39 @@ mod tests {
                 for part in 0..count {
                     let bytes = if part == with { plan.block_bytes as u64 } else { 0 };
                     assert_eq!(parts.range(states, part, count), 0..bytes);
+                }
+            }
+        }
+    }
+
+    /// A section comes no later than the first of its layers is needed, and goes no sooner than the last is computed.
+    #[test]
+    fn sections_come_with_their_first_layer_and_go_with_their_last() {
+        for (name, asked) in [("llama-4-scout", 1), ("llama-4-scout", 5), ("gpt-oss-20b", 12)] {
+            let plan = ModelSpec::preset(name).unwrap().group(16).unwrap();
+            let codecs = HostCodecs::default().in_sections(asked);
+            let slots = SlotFormat::of(&plan, &codecs).unwrap();
+            let ways = [Direction::Onboard, Direction::Offload];
+            for (parts, way) in [1, 3, 16, 1000].into_iter().flat_map(|p| ways.map(|w| (p, w))) {
+                let layerwise = Layerwise { parts, min_bytes: 0 };
+                let parts =
+                    Parts::of(&plan, layerwise, plan.block_bytes as u64, &slots, way).unwrap();
+                let count = parts.count(1);
+                for (g, (group, format)) in plan.groups.iter().zip(slots.groups()).enumerate() {
+                    assert!(format.sections.len() >= asked as usize, "{name}");
+                    for section in &format.sections {
+                        let comes = (0..count)
+                            .filter(|&p| parts.range(g as u32, p, count).contains(&section.offset));
+                        let comes: Vec<usize> = comes.collect();
+                        assert_eq!(comes.len(), 1, "{name}: once");
+                        let first = section.first_layer_slot as usize;
+                        for &layer in &group.layers[first..first + section.geometry.layers()] {
+                            match way {
+                                Direction::Onboard => assert!(comes[0] <= parts.of_layer(layer)),
+                                _ => assert!(comes[0] >= parts.of_layer(layer)),
+                            }
+                        }
+                    }
                 }
             }
         }

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::coder::Coder;
 use super::fault::Faults;
 use super::fences::Behind;
 use super::lane::{Lane, LaneStats, Move, PartRun};
@@ -99,9 +100,14 @@ pub(super) struct Stores {
 }
 
 impl Stores {
-    pub fn new(kernels: &Arc<Kernels>, model: &Arc<LinkModel>, parts: Parts) -> Result<Self> {
+    pub fn new(
+        kernels: &Arc<Kernels>,
+        model: &Arc<LinkModel>,
+        coder: Coder,
+        parts: Parts,
+    ) -> Result<Self> {
         Ok(Self {
-            lane: Lane::new(kernels, model, Direction::Offload)?,
+            lane: Lane::new(kernels, model, coder, Direction::Offload)?,
             parts: Arc::new(parts),
             queue: Queue::default(),
             schedule: Schedule::new(Pacing::default()),

@@ -132,7 +132,8 @@ impl Manager {
     /// The joint hit of what is given of a prompt of `prompt` tokens, with or without storage.
     pub(super) fn search(&self, tokens: &HashedTokens, prompt: usize, storage: bool) -> Found {
         let host = self.host.as_ref().filter(|host| host.breaker.is_closed());
-        let threshold = self.config.host.map_or(0, |host| host.load_back_threshold as usize);
+        let threshold =
+            self.config.host.as_ref().map_or(0, |host| host.load_back_threshold as usize);
         let own = tokens.are_of(&self.config.identity, self.hash_block);
         let hashes = if own { tokens.hashes() } else { &[] };
         let search = Search {

@@ -50,10 +50,12 @@ impl Admission {
 }
 
 /// How a transfer ended. *Completed* and *succeeded* are different things (R8).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Outcome {
     /// The copy ended without an error. Whoever can verify the bytes says `Failed` when they are wrong.
     Succeeded,
+    /// The codec of the tier cannot hold the block, so that nothing was stored. Nothing is wrong with the tier.
+    Unfit,
     /// It ended, and what it wrote must not be used.
     Failed,
 }

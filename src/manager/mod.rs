@@ -182,17 +182,15 @@ impl Manager {
         if config.host.is_some() && !config.prefix_caching {
             return Err(Error::invalid(OP, "a host tier needs prefix caching"));
         }
-        if let Some(host) = &config.host {
-            host.check(OP)?;
-        }
         let groups: Vec<Group> = config.groups.iter().map(|g| Group::new(g, unit)).collect();
+        if let Some(host) = &config.host {
+            host.check(OP, &groups)?;
+        }
         Ok(Self {
             policy: Policy::new(config.retention, alignment, &groups),
             hash_block: if config.prefix_caching { unit } else { 0 },
             device: DeviceTier::new(Pool::new(config.num_blocks, config.eviction), groups.len()),
-            host: config.host.map(|host| {
-                SlotTier::new(Tier::Host, host.num_slots, groups.len(), host.eviction, host.breaker)
-            }),
+            host: config.host.as_ref().map(|host| host.tier(groups.len())),
             storage: None,
             storage_config: None,
             cost: None,

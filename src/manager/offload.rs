@@ -197,7 +197,7 @@ impl Manager {
     /// for ever for a host that takes nothing.
     pub(super) fn drop_evicted(&mut self, id: BlockId) {
         let block = *self.device.pool.block(id);
-        let back = self.config.host.is_some_and(|host| host.write == WritePolicy::Back);
+        let back = self.config.host.as_ref().is_some_and(|host| host.write == WritePolicy::Back);
         if back && block.cached && block.users == 0 {
             self.device.remove(id);
             let (group, index) = (block.group.into(), block.index);

@@ -29,7 +29,8 @@ struct Broadcast {
     waiting: u128,
     /// Ranks that have taken it.
     taken: u128,
-    succeeded: bool,
+    /// The worst so far.
+    outcome: Outcome,
 }
 
 /// One rank's part.
@@ -126,7 +127,8 @@ impl RankSet {
             waiting |= 1 << rank;
             self.members[rank as usize].queue.push_back(transfer);
         }
-        self.flying.insert(transfer.id, Broadcast { waiting, taken: 0, succeeded: true });
+        self.flying
+            .insert(transfer.id, Broadcast { waiting, taken: 0, outcome: Outcome::Succeeded });
         Ok(Report::Pending)
     }
 
@@ -163,9 +165,8 @@ impl RankSet {
         let flight = self.flying.get_mut(&id).filter(|f| f.waiting & f.taken & bit != 0);
         let flight = flight.ok_or_else(unknown)?;
         flight.waiting &= !bit;
-        flight.succeeded &= outcome == Outcome::Succeeded;
-        let last = flight.waiting == 0;
-        let outcome = if flight.succeeded { Outcome::Succeeded } else { Outcome::Failed };
+        flight.outcome = flight.outcome.max(outcome);
+        let (last, outcome) = (flight.waiting == 0, flight.outcome);
         self.members[rank as usize].taken -= 1;
         if !last {
             return Ok(Report::Pending);
@@ -234,7 +235,7 @@ impl RankSet {
         self.flying.retain(|&id, flight| {
             if flight.waiting & bit != 0 {
                 flight.waiting &= !bit;
-                flight.succeeded = false;
+                flight.outcome = Outcome::Failed;
                 if flight.waiting == 0 {
                     done.push((id, Outcome::Failed));
                 }

@@ -45,6 +45,8 @@ pub struct Stats {
     pub host_hit_tokens: u64,
     /// Offloads.
     pub offloads: TransferStats,
+    /// Those of them that failed because the codec of the host tier cannot hold the block.
+    pub offloads_unfit: u64,
     /// Offers to the host tier that found no slots and were put off.
     pub offloads_refused: u64,
     /// Blocks evicted from the device under [`WritePolicy::Back`] that the host could not take.

@@ -144,7 +144,7 @@ impl Manager {
     /// `InvalidArgument` with a host tier attached or not yet drained, without prefix caching, for bad values.
     pub fn attach_host(&mut self, config: HostConfig) -> Result<()> {
         const OP: &str = "attach host";
-        config.check(OP)?;
+        config.check(OP, &self.groups)?;
         if !self.config.prefix_caching {
             return Err(Error::invalid(OP, "a host tier needs prefix caching"));
         }
@@ -154,13 +154,7 @@ impl Manager {
                 "a host tier is attached, or one that was detached has transfers in flight",
             ));
         }
-        let mut host = SlotTier::new(
-            Tier::Host,
-            config.num_slots,
-            self.groups.len(),
-            config.eviction,
-            config.breaker,
-        );
+        let mut host = config.tier(self.groups.len());
         host.tick(self.now);
         self.tenants.apply(&mut host, HOST);
         self.host = Some(host);

@@ -10,6 +10,7 @@ use super::pool::NULL;
 use super::prefix::fixed_point;
 use super::storage::Load;
 use super::*;
+use crate::codec::Codec;
 
 /// Which way a transfer goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -130,6 +131,9 @@ pub struct Transfer {
     pub group: u32,
     /// With the group, the key of the block.
     pub hash: BlockHash,
+    /// How the host slot is written: what goes down to it is encoded so, what comes up from it decoded. Between host
+    /// and storage slots move as they are.
+    pub codec: Codec,
     /// The sequence waiting for it, if one does.
     pub seq: Option<SeqId>,
 }
@@ -188,7 +192,9 @@ impl Flights {
         waiting: Option<(SeqId, u64)>,
     ) {
         let seq = waiting.map(|(seq, _)| seq);
-        let transfer = Transfer { id, path, group: group as u32, hash, seq };
+        // The codec is that of the host tier when it is handed out.
+        let codec = Codec::Raw;
+        let transfer = Transfer { id, path, group: group as u32, hash, codec, seq };
         let generation = waiting.map_or(0, |(_, generation)| generation);
         if self.flying.len() == self.room {
             self.room = (2 * self.room).max(64);
@@ -229,6 +235,8 @@ impl Manager {
         }
         let flight = self.flights.flying.get_mut(&self.flights.outbox.pop_front()?)?;
         flight.started = true;
+        let group = flight.transfer.group as usize;
+        flight.transfer.codec = self.host.as_ref().map_or(Codec::Raw, |host| host.codec(group));
         if let Some(seq) = flight.transfer.seq
             && let Some(sequence) = self.sequences.get_mut(&seq)
             && sequence.generation == flight.generation
@@ -263,9 +271,10 @@ impl Manager {
             Path::Offload { from: block, to: slot } => {
                 self.device.pool.unpin(block);
                 if let Some(host) = &mut self.host {
-                    host.ended(succeeded);
+                    host.ended(outcome != Outcome::Failed);
                     host.stored(slot, succeeded, &mut self.events);
                 }
+                self.stats.offloads_unfit += u64::from(outcome == Outcome::Unfit);
                 if !succeeded {
                     self.drop_evicted(block);
                 }

@@ -160,6 +160,15 @@ impl Kernels {
     }
 }
 
+/// Whether the kernels have room for the tables of such blocks.
+///
+/// # Errors
+/// `Unsupported` for those that they have not, and for elements that the codec gains nothing on.
+pub(crate) fn check_codec_tables(codec: Codec, geometry: &Geometry) -> Result<()> {
+    let slot = codec.slot_layout(geometry)?;
+    [false, true].into_iter().try_for_each(|decodes| shared_bytes(&slot, decodes).map(drop))
+}
+
 /// Dynamic shared memory of a CTA: header and tables, a counter, and, where `lx4` encodes, its escapes.
 fn shared_bytes(slot: &SlotLayout, decodes: bool) -> Result<u32> {
     let escapes = if decodes { 0 } else { 5 * slot.escapes };

@@ -27,6 +27,7 @@ pub use checks::{
     check_window,
 };
 pub use codec::CodecArgs;
+pub(crate) use codec::check_codec_tables;
 pub use merge::MergeArgs;
 pub(crate) use movement::MAX_MOVE_DIMS;
 pub use movement::{CtaQuota, MoveArgs, MoveDim, MoveShape};

@@ -313,7 +313,7 @@ fn config(host: impl Strategy<Value = Option<HostConfig>>) -> impl Strategy<Valu
                 eviction,
                 max_model_len,
                 in_flight_tokens: 1 << 20,
-                host,
+                host: host.clone(),
                 identity: [9; 32],
             })
         },

@@ -152,8 +152,8 @@ impl World {
 
     /// Attaches the tiers that are not there, as far as what was there before has been drained.
     pub fn attach(&mut self, storage: Option<(u32, Eviction)>) {
-        if let Some(host) = self.config.host
-            && self.m.attach_host(host).is_ok()
+        if let Some(host) = &self.config.host
+            && self.m.attach_host(host.clone()).is_ok()
         {
             self.host = vec![GARBAGE; host.num_slots as usize];
         }

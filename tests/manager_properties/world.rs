@@ -147,7 +147,7 @@ pub struct World {
 
 impl World {
     pub fn new(config: ManagerConfig) -> Self {
-        let slots = config.host.map_or(0, |host| host.num_slots);
+        let slots = config.host.as_ref().map_or(0, |host| host.num_slots);
         let mut m = Manager::new(config.clone()).unwrap();
         m.record_events(true);
         // Without a limit, so that all blocks count for somebody.
@@ -206,7 +206,7 @@ impl World {
 
     /// Whether blocks are stored before they are evicted.
     pub fn writes_back(&self) -> bool {
-        self.m.config().host.is_some_and(|host| host.write == WritePolicy::Back)
+        self.m.config().host.as_ref().is_some_and(|host| host.write == WritePolicy::Back)
     }
 
     /// None of one that is swapped out.

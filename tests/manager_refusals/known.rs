@@ -221,7 +221,8 @@ impl Subject for Managed {
 
     /// Under write-back, blocks that are to be evicted begin to be stored.
     fn begins_by(&self, error: &Error) -> bool {
-        let back = self.m.config().host.is_some_and(|host| host.write == WritePolicy::Back);
+        let back =
+            self.m.config().host.as_ref().is_some_and(|host| host.write == WritePolicy::Back);
         back && matches!(error.kind(), ErrorKind::NoFreeBlocks { .. })
     }
 

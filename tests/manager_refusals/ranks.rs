@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use hybridkv::Error;
+use hybridkv::codec::Codec;
 use hybridkv::manager::{BlockHash, Outcome, Path, Rank, RankSet, Report, Transfer};
 use proptest::prelude::*;
 
@@ -120,7 +121,14 @@ fn methods() -> Vec<Method<Ranked>> {
                     false => Path::Onboard { from: 1, to: 1 },
                 };
                 let (id, hash) = (a.transfer, BlockHash::NONE);
-                let report = s.set.broadcast(Transfer { id, path, group: 0, hash, seq: None })?;
+                let report = s.set.broadcast(Transfer {
+                    id,
+                    path,
+                    group: 0,
+                    hash,
+                    codec: Codec::Raw,
+                    seq: None,
+                })?;
                 if report == Report::Pending {
                     let owner = |rank: &Rank| s.set.owner(*rank) == *rank;
                     let part = (0..RANKS).filter(|rank| !a.stores || owner(rank));

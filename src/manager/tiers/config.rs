@@ -1,8 +1,12 @@
 //! How the lower tiers are configured.
 
 use super::breaker::BreakerConfig;
+use super::slots::SlotTier;
+use crate::codec::Codec;
 use crate::error::{Error, Result};
-use crate::manager::{BlockHash, Eviction, StorageSlot};
+use crate::manager::groups::Group;
+use crate::manager::{BlockHash, Eviction, StorageSlot, Tier};
+use crate::spec::GroupKind;
 
 /// When a block is written to the host tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -21,7 +25,7 @@ pub enum WritePolicy {
 }
 
 /// The host tier.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostConfig {
     /// Block-sized slots.
     pub num_slots: u32,
@@ -36,10 +40,12 @@ pub struct HostConfig {
     pub load_back_threshold: u32,
     /// When the tier is left alone.
     pub breaker: BreakerConfig,
+    /// How the slots of each group are written; groups beyond the list: as they are.
+    pub codecs: Vec<Codec>,
 }
 
 impl HostConfig {
-    /// A write-through tier of this many slots from which every hit is loaded.
+    /// A write-through tier of this many slots that keeps blocks as they are, and from which every hit is loaded.
     pub fn new(num_slots: u32) -> Self {
         Self {
             num_slots,
@@ -48,6 +54,7 @@ impl HostConfig {
             max_offloads: 4096,
             load_back_threshold: 0,
             breaker: BreakerConfig { failures: 64, retry_ns: 1_000_000_000 },
+            codecs: Vec::new(),
         }
     }
 
@@ -56,8 +63,23 @@ impl HostConfig {
         Self { write, ..self }
     }
 
-    pub(in super::super) fn check(&self, op: &'static str) -> Result<()> {
+    /// The tier, empty.
+    pub(in super::super) fn tier(&self, num_groups: usize) -> SlotTier {
+        SlotTier::new(Tier::Host, self.num_slots, num_groups, self.eviction, self.breaker)
+            .with_codecs(self.codecs.clone())
+    }
+
+    pub(in super::super) fn check(&self, op: &'static str, groups: &[Group]) -> Result<()> {
         check_slots(op, self.num_slots)?;
+        let attention =
+            |g: usize| groups.get(g).is_some_and(|group| group.kind != GroupKind::State);
+        let wrong = |&(g, codec): &(usize, &Codec)| *codec != Codec::Raw && !attention(g);
+        if let Some((group, codec)) = self.codecs.iter().enumerate().find(wrong) {
+            return Err(Error::invalid(
+                op,
+                format!("{codec} for group {group}, which is none of attention"),
+            ));
+        }
         if self.max_offloads == 0 {
             return Err(Error::invalid(op, "a host tier that may not have an offload in flight"));
         }

@@ -4,6 +4,7 @@
 use super::breaker::{Breaker, BreakerConfig};
 use super::index::{Index, Tag};
 use super::quotas::Quotas;
+use crate::codec::Codec;
 use crate::manager::events::{EventKind, Events, Tier};
 use crate::manager::eviction::{Entry, Order, is_last_of_stride};
 use crate::manager::hash::BlockHash;
@@ -72,6 +73,8 @@ pub(in super::super) struct SlotTier {
     evictable: usize,
     /// Who holds what, once there are quotas.
     quotas: Option<Quotas>,
+    /// How slots of each group are written; groups beyond the list: as they are.
+    codecs: Vec<Codec>,
     pub breaker: Breaker,
     now: u64,
     pub stats: Vec<TierStats>,
@@ -102,10 +105,21 @@ impl SlotTier {
             order: Order::new(eviction, num_slots),
             evictable: 0,
             quotas: None,
+            codecs: Vec::new(),
             breaker: Breaker::new(breaker),
             now: 0,
             stats: vec![TierStats::default(); num_groups],
         }
+    }
+
+    /// The same with slots that codecs write.
+    pub fn with_codecs(self, codecs: Vec<Codec>) -> Self {
+        Self { codecs, ..self }
+    }
+
+    /// How the slots of a group are written.
+    pub fn codec(&self, group: usize) -> Codec {
+        self.codecs.get(group).copied().unwrap_or(Codec::Raw)
     }
 
     pub fn capacity(&self) -> usize {

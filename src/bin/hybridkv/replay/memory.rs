@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use hybridkv::device::{Device, PinnedBuffer, Stream};
 use hybridkv::engine::{
-    BlockStore, Engine, EngineConfig, Fault, FaultKind, FileStore, FileStoreConfig, SyncPolicy,
+    BlockStore, Engine, EngineConfig, Fault, FaultKind, FileStore, FileStoreConfig, SlotFormat,
+    SyncPolicy,
 };
 use hybridkv::error::Result;
 use hybridkv::manager::{
@@ -45,7 +46,12 @@ impl Memory {
         Ok(Self {
             engine: Engine::new(
                 kernels,
-                EngineConfig { block_bytes: BLOCK, num_blocks, num_slots },
+                EngineConfig {
+                    block_bytes: BLOCK,
+                    num_blocks,
+                    num_slots,
+                    slots: SlotFormat::AS_IS,
+                },
             )?,
             compute: device.stream()?,
             staging: device.alloc_pinned(BLOCK)?,

@@ -46,7 +46,8 @@ fn serve(
     times: &mut Times,
 ) -> Result<()> {
     // Only write-back refuses what it later grants: nothing else needs the hashes twice.
-    let retried = manager.config().host.is_some_and(|host| host.write == WritePolicy::Back);
+    let retried =
+        manager.config().host.as_ref().is_some_and(|host| host.write == WritePolicy::Back);
     let mut clock = Clock(Instant::now());
     let tokens = manager.hash(prompt, KEYS);
     times.push(Phase::Hash, clock.lap());

@@ -89,11 +89,11 @@ struct Sequence {
 impl Session {
     fn new(config: &Config) -> Result<Self> {
         let fields = config.manager()?;
-        let mut memory = match fields.host {
+        let mut memory = match &fields.host {
             Some(host) => Some(Memory::new(fields.num_blocks, host.num_slots)?),
             None => None,
         };
-        let write_back = fields.host.is_some_and(|host| host.write == WritePolicy::Back);
+        let write_back = fields.host.as_ref().is_some_and(|host| host.write == WritePolicy::Back);
         // Requests longer than the pool are refused when they come.
         let identity = fields.identity;
         let mut manager = Manager::oversubscribed(fields)?;

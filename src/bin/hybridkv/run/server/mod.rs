@@ -194,7 +194,7 @@ impl Server {
     pub fn new(device: &Device, setup: Setup, faults: &[Fault]) -> Result<Self> {
         let mut manager = Manager::new(setup.manager.clone())?;
         let kernels = Arc::new(Kernels::load(device)?);
-        let mut engine = Engine::new(kernels.clone(), setup.engine)?;
+        let mut engine = Engine::new(kernels.clone(), setup.engine.clone())?;
         if let Some(config) = &setup.storage {
             let store = Arc::new(FileStore::open(config.clone())?);
             manager.attach_storage(setup.storage_config(store.num_slots()), store.stored())?;
