@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use hybridkv::engine::{BlockKey, BlockStore, FileStore, FileStoreConfig, SyncPolicy};
 use hybridkv::layout::{Dtype, KvShape};
 use hybridkv::manager::{
-    Eviction, ExtraKeys, GroupConfig, HostConfig, Manager, ManagerConfig, Outcome, Path, Retention,
-    StorageConfig,
+    Eviction, ExtraKeys, GroupConfig, HashedTokens, HostConfig, Manager, ManagerConfig, Outcome,
+    Path, Retention, StorageConfig,
 };
 use hybridkv::spec::{AttentionKind, GroupPlan, LayerGroup, Provenance, StateGroup};
 
@@ -75,6 +75,42 @@ fn r9_whatever_changes_a_byte_or_its_meaning_is_another_identity() {
         let identity = plan.identity(&of);
         assert!(!seen.contains(&identity), "{plan:?} {of:?} is not told from another one");
         seen.push(identity);
+    }
+}
+
+/// The framing and the chain of prefix hashes, by their definition.
+#[test]
+fn r9_hashes_are_those_of_the_definition_however_the_tokens_came() {
+    let (identity, unit) = ([3; 32], 3u64);
+    let all: Vec<u32> = (0..17).map(|n| n * 0x0101_0101).collect();
+    let mut frames = Vec::new();
+    for (tag, bytes) in [(b'b', &unit.to_le_bytes()[..]), (b's', b"tenant"), (b'l', b"")] {
+        frames.push(tag);
+        frames.extend((bytes.len() as u64).to_le_bytes());
+        frames.extend(bytes);
+    }
+    let mut parent = blake3::keyed_hash(&identity, &frames);
+    let chain = all.chunks_exact(unit as usize).map(|tokens| {
+        let mut key = [0; 32];
+        key[..16].copy_from_slice(&parent.as_bytes()[..16]);
+        let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+        parent = blake3::keyed_hash(&key, &bytes);
+        parent.as_bytes()[..16].to_vec()
+    });
+    let chain: Vec<Vec<u8>> = chain.collect();
+    let keys = ExtraKeys { salt: "tenant", ..KEYS };
+    let hashes = |hashed: &HashedTokens| -> Vec<Vec<u8>> {
+        hashed.hashes().iter().map(|hash| hash.as_bytes().to_vec()).collect()
+    };
+    for piece in [1, 2, 5, 17] {
+        let mut hashed = HashedTokens::new(&identity, unit as usize, keys);
+        all.chunks(piece).for_each(|tokens| hashed.push(tokens));
+        assert_eq!(hashes(&hashed), chain);
+        // What is taken back leaves no trace.
+        hashed.push(&[9, 9, 9]);
+        hashed.truncate(4);
+        hashed.push(&all[4..]);
+        assert_eq!(hashes(&hashed), chain);
     }
 }
 
