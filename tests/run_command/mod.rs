@@ -31,7 +31,8 @@ pub fn figures(name: &str, args: &[&str]) -> (Option<i32>, Value) {
     let text = std::fs::read_to_string(&path)
         .unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)));
     std::fs::remove_file(&path).expect("the file was written");
-    (output.status.code(), serde_json::from_str(&text).expect("valid JSON"))
+    let mut report: Value = serde_json::from_str(&text).expect("valid JSON");
+    (output.status.code(), report["figures"].take())
 }
 
 /// A count among the figures, by its JSON pointer.

@@ -1,4 +1,4 @@
-//! Reports: what `validate` and `bench` found, as JSON; and `hybridkv report`, which reads them again.
+//! Reports: what `validate`, `bench` and `run` found, as JSON; and `hybridkv report`, which reads them again.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use hybridkv::device::{Device, DeviceKind};
 use hybridkv::error::{Error, ErrorKind, Result};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 const OP: &str = "report";
 /// Version of the form below.
@@ -32,7 +33,7 @@ pub struct Args {
 pub struct Report {
     /// Version of this form.
     pub schema: u32,
-    /// `validate`, `decode`, ...
+    /// `validate`, `decode`, `run`, ...
     pub suite: String,
     /// Name of the GPU or the processor.
     pub device: String,
@@ -50,6 +51,9 @@ pub struct Report {
     pub command: String,
     /// What the machine itself can do, in GB/s, and the clocks during the run, in MHz.
     pub limits: BTreeMap<String, f64>,
+    /// Figures that are no rows, in the suite's own form.
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub figures: Value,
     /// One row per case.
     pub rows: Vec<Row>,
 }
@@ -138,6 +142,7 @@ impl Report {
             kernels_sha256: provenance.kernels_sha256,
             command: std::env::args().skip(1).fold("hybridkv".to_owned(), |all, a| all + " " + &a),
             limits: BTreeMap::new(),
+            figures: Value::Null,
             rows: Vec::new(),
         }
     }
@@ -145,7 +150,7 @@ impl Report {
     /// Writes the report as JSON, one line per row.
     pub fn write(&self, path: &Path) -> Result<()> {
         let mut head = serde_json::to_value(self).map_err(|e| invalid(e.to_string()))?;
-        head["rows"] = serde_json::Value::Array(Vec::new());
+        head["rows"] = Value::Array(Vec::new());
         let rows: Vec<String> = self
             .rows
             .iter()

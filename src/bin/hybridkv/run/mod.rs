@@ -4,6 +4,7 @@
 pub mod content;
 mod conversations;
 pub mod model;
+mod oracle;
 mod progress;
 mod report;
 mod sampling;
@@ -11,17 +12,19 @@ mod server;
 mod setup;
 mod verify;
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::str::FromStr;
 
 use hybridkv::engine::{Fault, FaultKind};
-use hybridkv::error::{Error, ErrorKind, Result};
+use hybridkv::error::{Error, Result};
 use hybridkv::manager::{Direction, Eviction, PrefetchPolicy, WritePolicy};
 
+use crate::report::Report;
 use crate::values::parse_eviction;
 use content::Scales;
 use progress::Progress;
-use report::Report;
+use report::Figures;
 use server::Server;
 use setup::Setup;
 
@@ -104,7 +107,7 @@ pub struct Args {
     /// Seed of the workload and of all sampling.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
-    /// Write all figures to this file.
+    /// Write a report of all figures to this file.
     #[arg(long)]
     pub json: Option<String>,
     /// Sequences that run at once [default: 64; 8 on the CPU].
@@ -222,16 +225,14 @@ pub fn main(args: &Args) -> Result<ExitCode> {
     served?;
     let seconds = server.seconds();
     let tally = server.finish()?;
-    let report = Report::new(&device, &server, tally, seconds);
-    print!("{}", report.table());
+    let figures = Figures::new(&device, &server, tally, seconds);
+    print!("{}", figures.table());
     if let Some(path) = &args.json {
-        write_json(path, &report)?;
+        let mut report = Report::new("run", &device);
+        report.rows = figures.rows();
+        report.figures = serde_json::to_value(&figures)
+            .map_err(|error| Error::invalid("run", error.to_string()))?;
+        report.write(Path::new(path))?;
     }
-    Ok(if report.passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-fn write_json(path: &str, report: &Report) -> Result<()> {
-    let error = |source| Error::new("run", ErrorKind::Io { path: path.to_string(), source });
-    let text = serde_json::to_string_pretty(report).map_err(|e| error(e.into()))?;
-    std::fs::write(path, text + "\n").map_err(error)
+    Ok(if figures.passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -1,5 +1,6 @@
-//! What a run ends with: a table for people, the same figures in JSON for programs.
+//! What a run ends with: a table for people, and the same figures in JSON, behind the rows of every report.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use hybridkv::device::Device;
@@ -11,15 +12,14 @@ use serde::Serialize;
 use super::server::{AttentionTime, Server};
 use super::setup::Setup;
 use super::verify::Tally;
+use crate::report::Row;
 use crate::values::format_bytes;
 
 /// All figures of a run.
 #[derive(Debug, Serialize)]
-pub struct Report {
-    pub schema: &'static str,
+pub struct Figures {
     pub passed: bool,
     pub device: String,
-    pub driver: u32,
     pub model: Model,
     pub workload: String,
     pub seed: u64,
@@ -110,19 +110,12 @@ pub struct Attention {
 #[derive(Debug, Serialize)]
 pub struct Verified {
     pub fraction: f64,
-    pub hit_blocks: u64,
-    pub onboarded_blocks: u64,
-    pub turn_end_blocks: u64,
-    pub host_slots: u64,
-    pub wrong_blocks: u64,
-    pub rows: u64,
-    pub wrong_rows: u64,
-    pub worst_row_error: f64,
     pub row_tolerance: f64,
-    pub mismatches: Vec<String>,
+    #[serde(flatten)]
+    pub tally: Tally,
 }
 
-impl Report {
+impl Figures {
     /// The figures of a server that has served, and what its verifier found.
     pub fn new(device: &Device, server: &Server, tally: Tally, seconds: f64) -> Self {
         let setup = server.setup();
@@ -133,10 +126,8 @@ impl Report {
         let moved = server.engine().stats();
         let tiers = tiers(setup, &usage, &stats);
         Self {
-            schema: "hybridkv-run-1",
             passed: tally.passed(),
             device: device.info().name.clone(),
-            driver: device.info().driver_version,
             model: Model {
                 name: setup.spec.name.clone(),
                 layers: setup.spec.layers.len(),
@@ -177,18 +168,55 @@ impl Report {
             mixed_attention: Attention::new(&counters.mixed_attention),
             verified: Verified {
                 fraction: setup.verify,
-                hit_blocks: tally.hit_blocks,
-                onboarded_blocks: tally.onboarded_blocks,
-                turn_end_blocks: tally.turn_end_blocks,
-                host_slots: tally.host_slots,
-                wrong_blocks: tally.wrong_blocks,
-                rows: tally.rows,
-                wrong_rows: tally.wrong_rows,
-                worst_row_error: tally.worst_row_error,
                 row_tolerance: setup.elements.row_tolerance(),
-                mismatches: tally.messages,
+                tally,
             },
         }
+    }
+
+    /// The rows of a report: what was served, moved and verified.
+    pub fn rows(&self) -> Vec<Row> {
+        let row = |case: &str, ours: f64, unit: &str| Row {
+            case: case.to_owned(),
+            ours,
+            unit: unit.to_owned(),
+            pass: true,
+            ..Row::default()
+        };
+        let mut rows = vec![row("served", self.tokens_per_second, "tokens/s")];
+        let hits = &self.hits;
+        for (tier, tokens) in [
+            ("device", hits.device_tokens),
+            ("host", hits.host_tokens),
+            ("storage", hits.storage_tokens),
+        ] {
+            rows.push(row(&format!("hits/{tier}"), tokens as f64, "tokens"));
+        }
+        for (direction, moved) in [
+            ("offload", &self.offload),
+            ("onboard", &self.onboard),
+            ("persist", &self.persist),
+            ("fetch", &self.fetch),
+        ] {
+            if moved.transfers > 0 {
+                rows.push(row(direction, moved.gbps, "GB/s"));
+            }
+        }
+        rows.push(row("attention/decode", self.decode_attention.gbps, "GB/s"));
+        rows.push(row("attention/mixed", self.mixed_attention.tflops, "TFLOP/s"));
+        let Verified { row_tolerance, tally, .. } = &self.verified;
+        let verified = |what: &str, right: u64, wrong: u64| Row {
+            pass: wrong == 0,
+            note: (wrong > 0).then(|| format!("{wrong} more were wrong")),
+            ..row(&format!("verified/{what}"), right as f64, what)
+        };
+        rows.push(verified("blocks", tally.blocks() - tally.wrong_blocks, tally.wrong_blocks));
+        rows.push(Row {
+            error: BTreeMap::from([("relative".to_owned(), tally.worst_row_error)]),
+            tolerance: Some(*row_tolerance),
+            ..verified("rows", tally.rows - tally.wrong_rows, tally.wrong_rows)
+        });
+        rows
     }
 
     /// The table.
@@ -266,10 +294,10 @@ impl Report {
                 "rows verified",
                 format!(
                     "{}, worst relative error {:.1e} (at most {:.1e}); {} wrong",
-                    self.verified.rows,
-                    self.verified.worst_row_error,
+                    self.verified.tally.rows,
+                    self.verified.tally.worst_row_error,
                     self.verified.row_tolerance,
-                    self.verified.wrong_rows
+                    self.verified.tally.wrong_rows
                 ),
             ),
             ("result", self.result().into()),
@@ -279,16 +307,16 @@ impl Report {
             // Writing to a string cannot fail.
             let _ = writeln!(table, "{name:<16} {value}");
         }
-        for mismatch in &self.verified.mismatches {
+        for mismatch in &self.verified.tally.mismatches {
             let _ = writeln!(table, "{:<16} {mismatch}", "mismatch");
         }
         table
     }
 }
 
-impl Report {
+impl Figures {
     fn result(&self) -> &'static str {
-        match (self.passed, self.verified.blocks() + self.verified.rows) {
+        match (self.passed, self.verified.tally.blocks() + self.verified.tally.rows) {
             (false, _) => "WRONG: see the mismatches",
             (true, 0) => "nothing was verified",
             (true, _) => "everything verified is right",
@@ -347,20 +375,17 @@ impl Attention {
 }
 
 impl Verified {
-    fn blocks(&self) -> u64 {
-        self.hit_blocks + self.onboarded_blocks + self.turn_end_blocks + self.host_slots
-    }
-
     fn blocks_line(&self) -> String {
-        let blocks = self.blocks();
+        let tally = &self.tally;
         format!(
-            "{blocks}, bit-exact: {} hit on the device, {} onboarded, {} at the end of a turn, {} host slots; \
+            "{}, bit-exact: {} hit on the device, {} onboarded, {} at the end of a turn, {} host slots; \
              {} wrong",
-            self.hit_blocks,
-            self.onboarded_blocks,
-            self.turn_end_blocks,
-            self.host_slots,
-            self.wrong_blocks
+            tally.blocks(),
+            tally.hit_blocks,
+            tally.onboarded_blocks,
+            tally.turn_end_blocks,
+            tally.host_slots,
+            tally.wrong_blocks
         )
     }
 }

@@ -13,8 +13,9 @@ use hybridkv::error::Result;
 use hybridkv::manager::{BlockId, HostSlot, Manager, Outcome, SeqId, TransferId};
 
 use super::conversations::Random;
+use super::oracle::{ExpectedBlock, ExpectedRow, Occasion, Oracle};
 use super::setup::Setup;
-use super::verify::{ExpectedBlock, ExpectedRow, Occasion, Oracle, Tally, Verifier};
+use super::verify::{Tally, Verifier};
 
 /// Samples a fraction of everything for a [`Verifier`].
 pub struct Sampler {

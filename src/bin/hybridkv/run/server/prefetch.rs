@@ -3,7 +3,8 @@
 use hybridkv::error::Result;
 use hybridkv::manager::ExtraKeys;
 
-use super::{Job, LOOK_AHEAD, Server};
+use super::Server;
+use super::requests::{Job, LOOK_AHEAD};
 
 /// Requests that are looked at before their turn.
 const AHEAD: usize = 8;

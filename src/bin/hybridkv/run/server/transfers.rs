@@ -6,7 +6,8 @@ use std::collections::HashSet;
 use hybridkv::error::Result;
 use hybridkv::manager::{BlockId, Completion, Path, SeqId};
 
-use super::{Loads, Server};
+use super::Server;
+use super::requests::Loads;
 
 impl Server {
     /// Starts the transfers that the manager has emitted.
