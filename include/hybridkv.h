@@ -44,6 +44,7 @@ typedef enum hkv_status {
   HKV_INTERNAL_ERROR = 8,  // a bug of the library
   HKV_NO_BLOCKS = 9,       // not enough free blocks or slots now; nothing has changed
   HKV_NOT_READY = 10,      // transfers have to end first; nothing has changed
+  HKV_CORRUPT = 11,        // stored bytes are not what was stored; nothing was written
 } hkv_status;
 
 // Element types of queries, keys, values and outputs.
@@ -302,6 +303,74 @@ typedef struct hkv_submit_args {
   uint32_t both_ways;            // 1: the link is busy the other way meanwhile; else 0
 } hkv_submit_args;
 
+// How a block of 16-bit elements is written into a slot: hkv_slot_bytes() of them, whatever the
+// block.
+enum hkv_codec {
+  HKV_CODEC_RAW = 0,         // "raw": as it is
+  HKV_CODEC_LX4 = 1,         // "lx4": every bit of bf16, exponents in 4 bits
+  HKV_CODEC_FP8_TENSOR = 3,  // "fp8-tensor": e4m3, scale per layer
+  HKV_CODEC_FP8_HEAD = 4,    // "fp8-head": e4m3, scale per head
+  HKV_CODEC_FP8 = 5,         // "fp8": e4m3, scale per token and head
+  HKV_CODEC_INT8 = 6,        // "int8": K per channel, V per token
+  HKV_CODEC_INT6 = 7,        // "int6": likewise
+  HKV_CODEC_INT4 = 8,        // "int4": likewise, V after a Hadamard rotation
+};
+
+// Shape of the block that a slot holds: [num_layers][K|V][num_kv_heads][block_size][head_dim].
+typedef struct hkv_geometry {
+  uint32_t num_layers;
+  uint32_t num_kv_heads;
+  uint32_t head_dim;    // a multiple of 16 up to 256
+  uint32_t block_size;  // tokens per block: 8, 16, 32, 64, 128
+  uint32_t dtype;       // enum hkv_dtype: bf16 or f16
+} hkv_geometry;
+
+// What a slot says of itself.
+typedef struct hkv_slot_header {
+  hkv_geometry geometry;
+  uint32_t codec;     // enum hkv_codec
+  uint32_t version;   // of the layout of slots; a library reads its own
+  uint32_t bytes;     // of the slot, header included
+  uint32_t escapes;   // elements listed apart (lx4, else 0)
+  uint32_t reserved;  // zero
+  uint64_t hash;      // content hash of the whole slot
+} hkv_slot_header;
+
+// A block of the pool and the slot that it is encoded into or decoded from, device or pinned host
+// memory, at a multiple of 16 bytes.
+typedef struct hkv_slot_block {
+  int64_t block;
+  void* slot;
+} hkv_slot_block;
+
+// What became of a slot.
+enum hkv_slot_status {
+  HKV_SLOT_OK = 0,
+  HKV_SLOT_ESCAPES = 1,     // encode: more escapes than the slot lists; it holds nothing
+  HKV_SLOT_NOT_FINITE = 2,  // encode: NaN or infinite elements; it holds nothing
+  HKV_SLOT_CORRUPT = 3,     // decode: damaged, foreign or of another geometry; the block is garbage
+};
+
+typedef struct hkv_slot_result {
+  uint64_t hash;     // content hash, 0 when the slot holds nothing
+  uint32_t escapes;  // of lx4, those found
+  int32_t status;    // enum hkv_slot_status
+} hkv_slot_result;
+
+// Arguments of hkv_encode and hkv_decode.
+typedef struct hkv_codec_args {
+  uint64_t struct_bytes;  // sizeof(hkv_codec_args)
+  hkv_kv kv;              // of bf16 or f16
+  hkv_span blocks;      // [num_blocks] hkv_slot_block, in device or pinned host memory. No two rows
+                        // write to the same memory
+  hkv_span results;     // [num_blocks] hkv_slot_result, in device or pinned host memory: written
+  uint64_t num_blocks;  // 0 is a no-op
+  uint32_t codec;       // enum hkv_codec
+  uint32_t first_layer_slot;  // the first layer slot of a block that goes into its slot
+  uint32_t num_layers;        // how many
+  uint32_t max_ctas;  // CTAs the codec may occupy; 0: the whole device. 8 to 16 fill a PCIe 5 link
+} hkv_codec_args;
+
 // A device. Destroyed when no handle refers to it any more.
 typedef struct hkv_device hkv_device;
 
@@ -337,8 +406,8 @@ const char* hkv_device_name(const hkv_device* device);
 hkv_status hkv_kernels_load(const hkv_device* device, hkv_kernels** kernels);
 
 // The same in checking mode, for debugging: every operation waits for its stream, reads what its
-// kernel will read of slots, block tables, lengths, windows and copies, and fails instead of
-// running on a wrong one. Operations block and cannot be captured.
+// kernel will read of slots, block tables, lengths, windows, copies and rows of codecs, and fails
+// instead of running on a wrong one. Operations block and cannot be captured.
 hkv_status hkv_kernels_load_checked(const hkv_device* device, hkv_kernels** kernels);
 
 // Unloads kernels, once what they run is done. NULL is ignored.
@@ -423,6 +492,48 @@ void hkv_mover_destroy(hkv_mover* mover);
 // into it. The moves of a mover go to one stream, or to streams that wait for one another, and are
 // submitted by one thread at a time. After HKV_CUDA_ERROR a part of the move may be under way.
 hkv_status hkv_mover_submit(hkv_mover* mover, const hkv_submit_args* args, void* stream);
+
+// Encodes blocks into slots, straight to where they are to stay. Look at the results when the
+// stream has passed: a slot whose status is not HKV_SLOT_OK holds nothing, move its block as it is.
+hkv_status hkv_encode(const hkv_kernels* kernels, const hkv_codec_args* args, void* stream);
+
+// Decodes slots into blocks and verifies them on the way. Look at the results when the stream has
+// passed: a block whose status is HKV_SLOT_CORRUPT holds garbage and must not be attended.
+hkv_status hkv_decode(const hkv_kernels* kernels, const hkv_codec_args* args, void* stream);
+
+// Slots on the host: the same bytes as hkv_encode writes, without a device. A slot is any memory, a
+// block is aligned as its elements; neither overlaps the other.
+
+// The codec of a name, as in enum hkv_codec.
+hkv_status hkv_codec_by_name(const char* name, uint32_t* codec);
+
+// Name of a codec, "int6"; "unknown codec" for a value that this library has none for.
+const char* hkv_codec_name(uint32_t codec);
+
+// Bytes of a slot, header included: the same for every block of this geometry.
+hkv_status hkv_slot_bytes(uint32_t codec, const hkv_geometry* geometry, uint64_t* bytes);
+
+// Encodes a block of num_elements 16-bit elements into a slot of at least hkv_slot_bytes(), of
+// which no more are written. result->status as for hkv_encode: HKV_OK alone does not say that the
+// slot holds the block.
+hkv_status hkv_slot_encode(uint32_t codec, const hkv_geometry* geometry, const uint16_t* block,
+                           uint64_t num_elements, void* slot, uint64_t slot_bytes,
+                           hkv_slot_result* result);
+
+// Decodes a slot of any codec into a block of num_elements, once all of it has been verified:
+// HKV_CORRUPT for one that is truncated, damaged, of another geometry, or not known to this
+// library. `header` is written on success, or NULL.
+hkv_status hkv_slot_decode(const hkv_geometry* geometry, const void* slot, uint64_t slot_bytes,
+                           uint16_t* block, uint64_t num_elements, hkv_slot_header* header);
+
+// What the first 32 bytes of a slot say: HKV_CORRUPT when they are no header that this library
+// knows. The rest is not looked at.
+hkv_status hkv_slot_inspect(const void* slot, uint64_t slot_bytes, hkv_slot_header* header);
+
+// Verifies a slot, header and content hash: HKV_CORRUPT as hkv_slot_decode. `header` is written on
+// success, or NULL.
+hkv_status hkv_slot_verify(const hkv_geometry* geometry, const void* slot, uint64_t slot_bytes,
+                           hkv_slot_header* header);
 
 // The manager: which blocks every sequence has in which tier, and what has to be moved. It touches
 // no memory but its own, starts no thread and reads no clock: its caller runs the transfers that it

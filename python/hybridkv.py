@@ -24,6 +24,9 @@ layouts and memories by the paths that are fastest there:
     down.copies(device_addresses, host_addresses, table)        # a pinned tensor of 64-bit integers [n, 3]
     mover.submit(table, n, hybridkv.DEVICE_TO_HOST, blocks=down, stream=stream)
 
+Codecs, by name ("lx4", "int6", ...): `Kernels.encode` and `decode` between a pool and slots in device or pinned
+memory; `encode_slot`, `decode_slot`, `inspect_slot` and `verify_slot` on the host, without a device.
+
 Shapes, letters and meanings are those of include/hybridkv.h. Failures raise `Error`.
 """
 
@@ -46,6 +49,7 @@ DEVICE, HOST, STORAGE = 0, 1, 2
 STORED, REMOVED, CLEARED = 0, 1, 2
 BLOCK_FIRST_HND, BLOCK_FIRST_NHD, HEADS_OUTERMOST = 0, 1, 2
 HOST_TO_DEVICE, DEVICE_TO_HOST, INSIDE_DEVICE = 0, 1, 2
+SLOT_OK, SLOT_ESCAPES, SLOT_NOT_FINITE, SLOT_CORRUPT = 0, 1, 2, 3
 
 _DTYPES = {
     "torch.bfloat16": BF16, "torch.float16": F16, "torch.float32": F32,
@@ -176,6 +180,48 @@ class _SubmitArgs(Structure):
         ("struct_bytes", c_uint64), ("copies", Span), ("num_copies", c_uint64), ("blocks", c_void_p),
         ("way", c_uint32), ("both_ways", c_uint32),
     ]
+
+
+class SlotBlock(Structure):
+    """A block of the pool and the slot that it is encoded into or decoded from."""
+
+    _fields_ = [("block", c_int64), ("slot", c_void_p)]
+
+
+class SlotResult(Structure):
+    """What became of a slot: SLOT_OK, or that it holds nothing (encode), or that its block is garbage (decode)."""
+
+    _fields_ = [("hash", c_uint64), ("escapes", c_uint32), ("status", c_int32)]
+
+
+class CodecArgs(Structure):
+    _fields_ = [
+        ("struct_bytes", c_uint64), ("kv", _KV), ("blocks", Span), ("results", Span), ("num_blocks", c_uint64),
+        ("codec", c_uint32), ("first_layer_slot", c_uint32), ("num_layers", c_uint32), ("max_ctas", c_uint32),
+    ]
+
+
+class Geometry(Structure):
+    """Shape of the block that a slot holds: [num_layers][K|V][num_kv_heads][block_size][head_dim]."""
+
+    _fields_ = [
+        ("num_layers", c_uint32), ("num_kv_heads", c_uint32), ("head_dim", c_uint32), ("block_size", c_uint32),
+        ("dtype", c_uint32),
+    ]
+
+
+class SlotHeader(Structure):
+    """What a slot says of itself."""
+
+    _fields_ = [
+        ("geometry", Geometry), ("codec_number", c_uint32), ("version", c_uint32), ("bytes", c_uint32),
+        ("escapes", c_uint32), ("reserved", c_uint32), ("hash", c_uint64),
+    ]
+
+    @property
+    def codec(self):
+        """Name of the codec."""
+        return library().hkv_codec_name(c_uint32(self.codec_number)).decode()
 
 
 class Hit(Structure):
@@ -456,6 +502,77 @@ def block_layout(
     return layout
 
 
+def codec_args(
+    kv, *, codec, blocks, results, num_blocks, first_layer_slot=0, num_layers=None, max_ctas=0
+):
+    """codec: a name; blocks: `num_blocks` rows (block, address of its slot) of 64-bit integers, results: as many
+    `SlotResult` of 16 bytes, both on the device or pinned. All layer slots from the first one on, unless
+    `num_layers` says."""
+    if num_layers is None:
+        num_layers = max(kv.view.num_layer_slots - first_layer_slot, 0)
+    args = CodecArgs(
+        struct_bytes=sizeof(CodecArgs), kv=kv.view, blocks=span(blocks), results=span(results),
+        num_blocks=num_blocks, codec=_codec(codec), first_layer_slot=first_layer_slot,
+        num_layers=num_layers, max_ctas=max_ctas,
+    )
+    return _keeping(args, kv, blocks, results)
+
+
+def _codec(name):
+    number = c_uint32()
+    _call("hkv_codec_by_name", name.encode(), byref(number))
+    return number.value
+
+
+def slot_bytes(codec, geometry):
+    """Bytes of a slot of a codec, by its name: the same for every block of the geometry."""
+    size = c_uint64()
+    _call("hkv_slot_bytes", c_uint32(_codec(codec)), byref(geometry), byref(size))
+    return size.value
+
+
+def encode_slot(codec, geometry, block, slot):
+    """Encodes a block, contiguous 16-bit elements on the host, into a slot of `slot_bytes`. Gives a `SlotResult`: the
+    slot holds the block only if its status is SLOT_OK."""
+    result = SlotResult()
+    _call(
+        "hkv_slot_encode", c_uint32(_codec(codec)), byref(geometry), *_whole(block, item=2), *_whole(slot),
+        byref(result),
+    )
+    return result
+
+
+def decode_slot(geometry, slot, block):
+    """Decodes a slot of any codec into a block, once all of it has been verified. Gives its `SlotHeader`."""
+    header = SlotHeader()
+    _call("hkv_slot_decode", byref(geometry), *_whole(slot), *_whole(block, item=2), byref(header))
+    return header
+
+
+def inspect_slot(slot):
+    """The `SlotHeader` at the beginning of a slot; the rest is not looked at."""
+    header = SlotHeader()
+    _call("hkv_slot_inspect", *_whole(slot), byref(header))
+    return header
+
+
+def verify_slot(geometry, slot):
+    """Verifies a slot, header and content hash; gives its `SlotHeader`."""
+    header = SlotHeader()
+    _call("hkv_slot_verify", byref(geometry), *_whole(slot), byref(header))
+    return header
+
+
+def _whole(tensor, item=1):
+    """Address and number of items of a tensor without gaps, on the host."""
+    view, dense = View(tensor), 1
+    for size, stride in zip(reversed(view.shape), reversed(view.strides)):
+        if size > 1 and stride != dense:
+            raise ValueError(f"contiguous memory is needed, not strides {view.strides} of {view.shape}")
+        dense *= size
+    return c_void_p(view.address), c_uint64(dense * view.item // item)
+
+
 class Device:
     """`cpu` or `cuda:N`."""
 
@@ -523,6 +640,14 @@ class Kernels:
     def move_blocks(self, args, stream=0):
         """Copies every fragment of a table."""
         _call("hkv_move_blocks", self._handle, byref(args), c_void_p(stream))
+
+    def encode(self, args, stream=0):
+        """Encodes blocks of the pool into slots; the results say which slots hold their block."""
+        _call("hkv_encode", self._handle, byref(args), c_void_p(stream))
+
+    def decode(self, args, stream=0):
+        """Decodes slots into blocks; the results say which blocks are garbage and must not be attended."""
+        _call("hkv_decode", self._handle, byref(args), c_void_p(stream))
 
     def __del__(self):
         if getattr(self, "_handle", None):
@@ -821,7 +946,7 @@ def library():
         if path is None:
             raise OSError("libhybridkv.so was not found: build it with cargo, or set HYBRIDKV_LIB")
         loaded = ctypes.CDLL(str(path))
-        for name in ["hkv_last_error", "hkv_version", "hkv_status_name", "hkv_device_name"]:
+        for name in ["hkv_last_error", "hkv_version", "hkv_status_name", "hkv_device_name", "hkv_codec_name"]:
             getattr(loaded, name).restype = c_char_p
         handles = ["device", "kernels", "manager", "block_move", "link_model", "mover"]
         for name in [*(f"hkv_{handle}_destroy" for handle in handles), "hkv_device_name"]:

@@ -35,6 +35,13 @@ def sink_attention(q, keys, values, sink):
     return out, top + math.log(total)
 
 
+class Transposed:
+    """What a tensor of PyTorch says of itself."""
+
+    shape, dtype = (4, 2), "torch.bfloat16"
+    data_ptr, element_size, stride = (lambda self: 4096), (lambda self: 2), (lambda self: (1, 4))
+
+
 class OnTheCpu(unittest.TestCase):
     def setUp(self):
         self.draw = random.Random(7)
@@ -112,6 +119,96 @@ class OnTheCpu(unittest.TestCase):
         self.kernels.move_blocks(hkv.move_args(copies, 2))
         expected = [*range(32, 40), *[0] * 24, *range(16), *[0] * 16]
         self.assertEqual(list(target), expected)
+
+    def test_codecs_on_the_device_and_on_the_host(self):
+        shape = 3, 2, HEADS, BLOCK, DIM
+        k_pool, v_pool = self.gauss(math.prod(shape)), self.gauss(math.prod(shape))
+        kv = hkv.KV(tensor(k_pool, *shape), tensor(v_pool, *shape), dtype=hkv.F16)
+        before, plane = (k_pool[:], v_pool[:]), HEADS * BLOCK * DIM
+        # The second layer slot of blocks 2 and 0.
+        geometry = hkv.Geometry(1, HEADS, DIM, BLOCK, hkv.F16)
+        for codec in ["raw", "fp8-tensor", "fp8-head", "fp8", "int8", "int6", "int4"]:
+            size = hkv.slot_bytes(codec, geometry)
+            self.assertEqual(size < 4 * plane, codec != "raw")
+            slots = array("Q", bytes(2 * size))
+            address = hkv.View(slots).address
+            self.assertEqual(address % 16, 0)
+            blocks = (hkv.SlotBlock * 2)(hkv.SlotBlock(2, address), hkv.SlotBlock(0, address + size))
+            results = (hkv.SlotResult * 2)()
+            args = hkv.codec_args(
+                kv, codec=codec, blocks=blocks, results=results, num_blocks=2, first_layer_slot=1, max_ctas=8
+            )
+            self.assertEqual(args.num_layers, 1)
+            self.kernels.encode(args)
+            for result, block, at in zip(results, [2, 0], [0, size]):
+                self.assertEqual(result.status, hkv.SLOT_OK)
+                begin = (2 * block + 1) * plane
+                elements = k_pool[begin:][:plane] + v_pool[begin:][:plane]
+                slot = bytearray(size)
+                encoded = hkv.encode_slot(codec, geometry, elements, slot)
+                self.assertEqual((encoded.status, encoded.hash), (hkv.SLOT_OK, result.hash))
+                self.assertEqual(slot, bytes(slots)[at:][:size])
+                header = hkv.inspect_slot(slot)
+                self.assertEqual((header.codec, header.version, header.bytes), (codec, 1, size))
+                self.assertEqual((header.hash, bytes(header.geometry)), (result.hash, bytes(geometry)))
+                decoded = array("H", bytes(4 * plane))
+                self.assertEqual(bytes(hkv.decode_slot(geometry, slot, decoded)), bytes(header))
+                # In place of the block in the pool, what decoding on the device has to give there.
+                k_pool[begin : begin + plane], v_pool[begin : begin + plane] = decoded[:plane], decoded[plane:]
+            expected = k_pool[:], v_pool[:]
+            for pool, old in zip((k_pool, v_pool), before):
+                pool[:] = old
+            self.kernels.decode(args)
+            self.assertEqual([r.status for r in results], [hkv.SLOT_OK] * 2)
+            self.assertEqual((k_pool, v_pool), expected)
+            self.assertEqual((k_pool, v_pool) == before, codec == "raw")
+            slots[size // 8] ^= 1 << 20
+            self.kernels.decode(args)
+            self.assertEqual([r.status for r in results], [hkv.SLOT_OK, hkv.SLOT_CORRUPT])
+            for pool, old in zip((k_pool, v_pool), before):
+                pool[:] = old
+
+    def test_slots_that_hold_nothing_or_are_damaged(self):
+        geometry = hkv.Geometry(2, HEADS, DIM, BLOCK, hkv.BF16)
+        block = array("H", [self.draw.getrandbits(16) for _ in range(4 * HEADS * DIM * BLOCK)])
+        slot = bytearray(hkv.slot_bytes("lx4", geometry))
+        self.assertEqual(hkv.encode_slot("lx4", geometry, block, slot).status, hkv.SLOT_ESCAPES)
+        block = array("H", [0x3F80] * (len(block) - 1) + [0x7FC0])  # 1, and one NaN
+        self.assertEqual(hkv.encode_slot("int6", geometry, block, slot).status, hkv.SLOT_NOT_FINITE)
+        block[-1] = 0x2000  # far below the rest
+        result, decoded = hkv.encode_slot("lx4", geometry, block, slot), array("H", bytes(2 * len(block)))
+        self.assertEqual((result.status, result.escapes), (hkv.SLOT_OK, 1))
+        self.assertEqual(hkv.decode_slot(geometry, slot, decoded).escapes, 1)
+        self.assertEqual(decoded, block)
+        self.assertEqual(hkv.verify_slot(geometry, slot).hash, result.hash)
+
+        untouched = decoded[:] = array("H", [7]) * len(block)
+        for bit in [0, 37, 300, 8 * len(slot) - 1]:
+            slot[bit // 8] ^= 1 << bit % 8
+            for read in [lambda: hkv.decode_slot(geometry, slot, decoded), lambda: hkv.verify_slot(geometry, slot)]:
+                with self.assertRaisesRegex(hkv.Error, "HKV_CORRUPT"):
+                    read()
+            slot[bit // 8] ^= 1 << bit % 8
+        for foreign in [(1, HEADS, DIM, BLOCK, hkv.BF16), (2, HEADS, DIM, BLOCK, hkv.F16)]:
+            with self.assertRaisesRegex(hkv.Error, "HKV_CORRUPT.*a slot of 2 layers"):
+                hkv.verify_slot(hkv.Geometry(*foreign), slot)
+        with self.assertRaisesRegex(hkv.Error, "HKV_CORRUPT.*truncated"):
+            hkv.decode_slot(geometry, slot[:-16], decoded)
+        with self.assertRaisesRegex(hkv.Error, "HKV_CORRUPT.*31 bytes are no header"):
+            hkv.inspect_slot(slot[:31])
+        self.assertEqual(decoded, untouched)
+
+        for error, call in [
+            ("HKV_UNSUPPORTED.*gzip.*raw, lx4", lambda: hkv.slot_bytes("gzip", geometry)),
+            ("HKV_UNSUPPORTED", lambda: hkv.slot_bytes("lx4", hkv.Geometry(2, HEADS, DIM, BLOCK, hkv.F16))),
+            ("HKV_UNSUPPORTED.*head_dim 65", lambda: hkv.slot_bytes("raw", hkv.Geometry(2, HEADS, 65, BLOCK))),
+            ("HKV_INVALID_ARGUMENT.*a slot of 64", lambda: hkv.encode_slot("raw", geometry, block, bytearray(64))),
+            ("HKV_INVALID_ARGUMENT.*elements", lambda: hkv.encode_slot("raw", geometry, block[1:], slot)),
+        ]:
+            with self.assertRaisesRegex(hkv.Error, error):
+                call()
+        with self.assertRaisesRegex(ValueError, "contiguous"):
+            hkv.encode_slot("raw", geometry, Transposed(), slot)
 
     def test_checking_mode_reads_the_tables(self):
         copies = (hkv.Copy * 1)(hkv.Copy(24, 48, 16))

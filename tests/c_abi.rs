@@ -89,7 +89,7 @@ fn the_header_shares_the_vocabulary_of_the_kernels() {
             shared += 1;
         }
     }
-    assert_eq!(shared, 4);
+    assert_eq!(shared, 7);
 }
 
 #[test]

@@ -13,8 +13,6 @@ use super::{Codec, Geometry, corrupt};
 use crate::error::Result;
 
 const MAGIC: [u8; 4] = *b"HKVC";
-/// Of the layout of header and payloads; another one is another number.
-const VERSION: u8 = 1;
 
 /// What a slot says of itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +32,8 @@ pub struct Header {
 impl Header {
     /// Bytes of a header.
     pub const BYTES: usize = 32;
+    /// Of the layout of header and payloads; another one is another number.
+    pub const VERSION: u8 = 1;
     /// Index of the 8-byte word that holds the hash.
     pub(super) const HASH_WORD: usize = 3;
 
@@ -41,7 +41,7 @@ impl Header {
         let mut bytes = [0; Self::BYTES];
         bytes[..4].copy_from_slice(&MAGIC);
         bytes[4] = self.codec.code();
-        bytes[5] = VERSION;
+        bytes[5] = Self::VERSION;
         bytes[6] = self.geometry.dtype().code() as u8;
         for (field, value) in bytes[8..16].chunks_exact_mut(2).zip(self.geometry.fields()) {
             field.copy_from_slice(&value.to_le_bytes());
@@ -64,8 +64,9 @@ impl Header {
         if [m0, m1, m2, m3] != MAGIC {
             return Err(corrupt("not a slot: the magic number is another"));
         }
-        if version != VERSION {
-            return Err(corrupt(format!("version {version}, this build reads {VERSION}")));
+        if version != Self::VERSION {
+            let known = Self::VERSION;
+            return Err(corrupt(format!("version {version}, this build reads {known}")));
         }
         let Some(codec) = Codec::of_code(codec) else {
             return Err(corrupt(format!("codec {codec} is not known to this build")));

@@ -5,6 +5,7 @@
 
 #![allow(non_camel_case_types, reason = "the names are those of the header")]
 
+mod codecs;
 mod config;
 mod header;
 mod manager;
@@ -71,6 +72,7 @@ fn status(kind: &ErrorKind) -> hkv_status {
         ErrorKind::Cuda { .. } => HKV_CUDA_ERROR,
         ErrorKind::NoFreeBlocks { .. } | ErrorKind::NoHostSlots { .. } => HKV_NO_BLOCKS,
         ErrorKind::NotReady { .. } => HKV_NOT_READY,
+        ErrorKind::Corrupt(_) => HKV_CORRUPT,
         _ => HKV_INVALID_ARGUMENT,
     }
 }
@@ -99,6 +101,7 @@ extern "C" fn hkv_status_name(status: hkv_status) -> *const c_char {
         HKV_INTERNAL_ERROR => c"HKV_INTERNAL_ERROR",
         HKV_NO_BLOCKS => c"HKV_NO_BLOCKS",
         HKV_NOT_READY => c"HKV_NOT_READY",
+        HKV_CORRUPT => c"HKV_CORRUPT",
         _ => c"unknown status",
     };
     name.as_ptr()
@@ -344,6 +347,13 @@ fn dtype(code: u32, what: &'static str) -> Result<Dtype> {
     }
 }
 
+fn quota(max_ctas: u32) -> CtaQuota {
+    match max_ctas {
+        0 => CtaQuota::WHOLE_DEVICE,
+        ctas => CtaQuota::at_most(ctas),
+    }
+}
+
 impl hkv_kv {
     fn to_ops(self) -> Result<KvView> {
         Ok(KvView {
@@ -512,10 +522,7 @@ impl hkv_move_args {
             copies: self.copies.to_ops(),
             num_copies: self.num_copies,
             shape,
-            quota: match self.max_ctas {
-                0 => CtaQuota::WHOLE_DEVICE,
-                ctas => CtaQuota::at_most(ctas),
-            },
+            quota: quota(self.max_ctas),
         }
     }
 }
@@ -549,7 +556,7 @@ mod tests {
 
     #[test]
     fn every_status_has_its_name() {
-        for status in HKV_OK..=HKV_NOT_READY {
+        for status in HKV_OK..=HKV_CORRUPT {
             // SAFETY: a static string.
             let name = unsafe { CStr::from_ptr(hkv_status_name(status)) }.to_string_lossy();
             let declared = include_str!("../../include/hybridkv.h")

@@ -289,6 +289,19 @@ impl Work {
     }
 }
 
+impl From<Encoded> for hkv_slot_result {
+    fn from(encoded: Encoded) -> Self {
+        let (hash, escapes, status) = match encoded {
+            Encoded::Fits { hash, escapes } => (hash, escapes, HKV_SLOT_OK),
+            Encoded::RawFallback(Fallback::Escapes { needed, .. }) => {
+                (0, needed as u32, HKV_SLOT_ESCAPES)
+            }
+            Encoded::RawFallback(Fallback::NotFinite) => (0, 0, HKV_SLOT_NOT_FINITE),
+        };
+        Self { hash, escapes, status: status as i32 }
+    }
+}
+
 /// The encode kernels on the CPU device.
 ///
 /// # Safety
@@ -305,18 +318,10 @@ unsafe fn encode_on_cpu(p: &hkv_codec_params) {
                 to.copy_from_slice(std::slice::from_raw_parts(from, to.len()));
             }
             let slot = std::slice::from_raw_parts_mut(slot.cast::<u8>(), p.slot_bytes as usize);
-            let result = match work.codec.encode(&work.geometry, &elements, slot) {
-                Ok(Encoded::Fits { hash, escapes }) => (hash, escapes, HKV_SLOT_OK),
-                Ok(Encoded::RawFallback(Fallback::Escapes { needed, .. })) => {
-                    (0, needed as u32, HKV_SLOT_ESCAPES)
-                }
-                // An error would be one of the arguments, which the launcher has checked.
-                Ok(Encoded::RawFallback(Fallback::NotFinite)) | Err(_) => {
-                    (0, 0, HKV_SLOT_NOT_FINITE)
-                }
-            };
-            let (hash, escapes, status) = result;
-            *p.results.offset(i) = hkv_slot_result { hash, escapes, status: status as i32 };
+            // An error would be one of the arguments, which the launcher has checked.
+            let encoded = work.codec.encode(&work.geometry, &elements, slot);
+            let encoded = encoded.unwrap_or(Encoded::RawFallback(Fallback::NotFinite));
+            *p.results.offset(i) = encoded.into();
         }
     }
 }

@@ -368,6 +368,193 @@ static void test_move(const hkv_kernels* kernels) {
   CHECK_ERROR(hkv_move_blocks(kernels, &args, NULL), HKV_INVALID_ARGUMENT, "72");
 }
 
+// [layer][K|V][head][token][dim] of one block of a pool of two layer slots, of which the second is
+// encoded.
+#define BLOCK_ELEMENTS (2 * KV_HEADS * BLOCK_SIZE * HEAD_DIM)
+static uint16_t codec_pool[NUM_BLOCKS][2][BLOCK_ELEMENTS];
+// Slots are at multiples of 16 bytes.
+static uint64_t slot_memory[2][BLOCK_ELEMENTS / 4 + 64];
+static hkv_slot_result slot_results[2];
+
+static hkv_codec_args codec_args(const hkv_slot_block* rows) {
+  hkv_codec_args args;
+  memset(&args, 0, sizeof args);
+  args.struct_bytes = sizeof args;
+  args.kv = kv_view();
+  args.kv.k = SPAN(codec_pool);
+  args.kv.v = span(&codec_pool[0][0][BLOCK_ELEMENTS / 2], sizeof codec_pool - BLOCK_ELEMENTS);
+  args.kv.stride_block = 2 * BLOCK_ELEMENTS;
+  args.kv.stride_layer = BLOCK_ELEMENTS;
+  args.kv.num_layer_slots = 2;
+  args.blocks = span(rows, 2 * sizeof *rows);
+  args.results = SPAN(slot_results);
+  args.num_blocks = 2;
+  args.codec = HKV_CODEC_LX4;
+  args.first_layer_slot = 1;
+  args.num_layers = 1;
+  args.max_ctas = 4;
+  return args;
+}
+
+static void test_codec(const hkv_kernels* kernels, int checked) {
+  static uint16_t before[NUM_BLOCKS][2][BLOCK_ELEMENTS], decoded[BLOCK_ELEMENTS];
+  static uint64_t one[BLOCK_ELEMENTS / 4 + 64];
+  static const int64_t named[2] = {6, 1};
+  const hkv_geometry geometry = {1, KV_HEADS, HEAD_DIM, BLOCK_SIZE, HKV_DTYPE_BF16};
+  uint16_t* elements = &codec_pool[0][0][0];
+  // None is zero: lx4 lists zeros apart, and these would be more than a slot has room for.
+  for (size_t i = 0; i < sizeof codec_pool / sizeof *elements; i++) {
+    elements[i] = to_bf16(draw() + 1.0625f);
+  }
+  memcpy(before, codec_pool, sizeof before);
+  hkv_slot_block rows[2];
+  for (int i = 0; i < 2; i++) {
+    rows[i].block = named[i];
+    rows[i].slot = slot_memory[i];
+  }
+  uint64_t bytes = 0;
+  for (uint32_t codec = HKV_CODEC_RAW; codec <= HKV_CODEC_INT4; codec++) {
+    if (strcmp(hkv_codec_name(codec), "unknown codec") == 0) continue;
+    uint32_t number = 77;
+    CHECK(hkv_codec_by_name(hkv_codec_name(codec), &number) == HKV_OK && number == codec);
+    CHECK(hkv_slot_bytes(codec, &geometry, &bytes) == HKV_OK && bytes <= sizeof one);
+    hkv_codec_args args = codec_args(rows);
+    args.codec = codec;
+    CHECK(hkv_encode(kernels, &args, NULL) == HKV_OK);
+    for (int i = 0; i < 2; i++) {
+      hkv_slot_result result;
+      hkv_slot_header header, verified;
+      const uint16_t* block = codec_pool[named[i]][1];
+      CHECK(slot_results[i].status == HKV_SLOT_OK);
+      CHECK(hkv_slot_encode(codec, &geometry, block, BLOCK_ELEMENTS, one, bytes, &result) ==
+            HKV_OK);
+      CHECK(result.status == HKV_SLOT_OK && result.hash == slot_results[i].hash);
+      CHECK(memcmp(one, slot_memory[i], (size_t)bytes) == 0);
+      CHECK(hkv_slot_inspect(one, 32, &header) == HKV_OK);
+      CHECK(header.codec == codec && header.version == 1 && header.bytes == bytes);
+      CHECK(header.hash == result.hash && header.escapes == result.escapes && header.reserved == 0);
+      CHECK(memcmp(&header.geometry, &geometry, sizeof geometry) == 0);
+      CHECK(hkv_slot_verify(&geometry, one, bytes, &verified) == HKV_OK);
+      CHECK(memcmp(&header, &verified, sizeof header) == 0);
+      CHECK(hkv_slot_decode(&geometry, one, bytes, decoded, BLOCK_ELEMENTS, NULL) == HKV_OK);
+      memset(codec_pool[named[i]][1], 0xff, sizeof decoded);
+      if (codec <= HKV_CODEC_LX4) CHECK(memcmp(decoded, before[named[i]][1], sizeof decoded) == 0);
+    }
+    CHECK(hkv_decode(kernels, &args, NULL) == HKV_OK);
+    CHECK(slot_results[0].status == HKV_SLOT_OK && slot_results[1].status == HKV_SLOT_OK);
+    CHECK(memcmp(codec_pool[named[1]][1], decoded, sizeof decoded) == 0);
+    slot_memory[0][9] ^= 1;
+    CHECK(hkv_decode(kernels, &args, NULL) == HKV_OK);
+    CHECK(slot_results[0].status == HKV_SLOT_CORRUPT && slot_results[1].status == HKV_SLOT_OK);
+    for (int i = 0; i < 2; i++)
+      memcpy(codec_pool[named[i]][1], before[named[i]][1], sizeof decoded);
+    CHECK(memcmp(codec_pool, before, sizeof before) == 0);
+  }
+
+  // Blocks that a slot does not hold.
+  hkv_codec_args args = codec_args(rows);
+  args.codec = HKV_CODEC_INT8;
+  codec_pool[6][1][3] = 0x7f80;  // infinity
+  CHECK(hkv_encode(kernels, &args, NULL) == HKV_OK);
+  CHECK(slot_results[0].status == HKV_SLOT_NOT_FINITE && slot_results[0].hash == 0);
+  for (int i = 0; i < BLOCK_ELEMENTS; i++) codec_pool[6][1][i] = (uint16_t)(i << 7);
+  hkv_slot_result result;
+  CHECK(hkv_slot_encode(HKV_CODEC_LX4, &geometry, codec_pool[6][1], BLOCK_ELEMENTS, one, sizeof one,
+                        &result) == HKV_OK);
+  CHECK(result.status == HKV_SLOT_ESCAPES && result.escapes > 0 && result.hash == 0);
+  memcpy(codec_pool, before, sizeof before);
+
+  // What no caller may ask for.
+  args = codec_args(rows);
+  args.codec = 9;
+  CHECK_ERROR(hkv_encode(kernels, &args, NULL), HKV_UNSUPPORTED, "codec 9");
+  args = codec_args(rows);
+  args.first_layer_slot = 2;
+  CHECK_ERROR(hkv_decode(kernels, &args, NULL), HKV_INVALID_ARGUMENT, "layer slots 2..3");
+  args = codec_args(rows);
+  args.num_layers = 0;
+  CHECK_ERROR(hkv_encode(kernels, &args, NULL), HKV_UNSUPPORTED, "0 layers");
+  args = codec_args(rows);
+  args.num_blocks = 3;
+  CHECK_ERROR(hkv_encode(kernels, &args, NULL), HKV_INVALID_ARGUMENT, "the rows");
+  args = codec_args(rows);
+  args.results.bytes--;
+  CHECK_ERROR(hkv_decode(kernels, &args, NULL), HKV_INVALID_ARGUMENT, "the results");
+  args = codec_args(rows);
+  args.struct_bytes--;
+  CHECK_ERROR(hkv_encode(kernels, &args, NULL), HKV_INVALID_ARGUMENT, "struct_bytes");
+  CHECK_ERROR(hkv_decode(NULL, &args, NULL), HKV_INVALID_ARGUMENT, "kernels is null");
+  args = codec_args(rows);
+  args.num_blocks = 0;
+  CHECK(hkv_encode(kernels, &args, NULL) == HKV_OK);
+  rows[0].block = NUM_BLOCKS;
+  args = codec_args(rows);
+  if (checked) {
+    CHECK_ERROR(hkv_encode(kernels, &args, NULL), HKV_INVALID_ARGUMENT, "row 0 names block 8");
+  }
+}
+
+// Slots on the host that are not what they should be.
+static void test_slots(void) {
+  static uint16_t block[BLOCK_ELEMENTS], decoded[BLOCK_ELEMENTS];
+  static uint64_t slot[BLOCK_ELEMENTS / 4 + 64];
+  unsigned char* bytes_of = (unsigned char*)slot;
+  const hkv_geometry geometry = {1, KV_HEADS, HEAD_DIM, BLOCK_SIZE, HKV_DTYPE_BF16};
+  hkv_geometry other = geometry;
+  hkv_slot_result result;
+  hkv_slot_header header;
+  uint64_t bytes;
+  uint32_t codec;
+  for (int i = 0; i < BLOCK_ELEMENTS; i++) block[i] = to_bf16(draw());
+  CHECK(hkv_slot_bytes(HKV_CODEC_INT6, &geometry, &bytes) == HKV_OK);
+  CHECK(hkv_slot_encode(HKV_CODEC_INT6, &geometry, block, BLOCK_ELEMENTS, slot, bytes, &result) ==
+        HKV_OK);
+  memset(decoded, 0x55, sizeof decoded);
+  for (uint64_t i = 0; i < bytes; i += 5) {
+    bytes_of[i] ^= (unsigned char)(1u << i % 8);
+    CHECK(hkv_slot_decode(&geometry, slot, bytes, decoded, BLOCK_ELEMENTS, &header) == HKV_CORRUPT);
+    CHECK(hkv_slot_verify(&geometry, slot, bytes, NULL) == HKV_CORRUPT);
+    bytes_of[i] ^= (unsigned char)(1u << i % 8);
+  }
+  CHECK_ERROR(hkv_slot_verify(&geometry, slot, bytes - 1, NULL), HKV_CORRUPT, "truncated");
+  CHECK_ERROR(hkv_slot_inspect(slot, 31, &header), HKV_CORRUPT, "31 bytes");
+  CHECK_ERROR(hkv_slot_inspect(block, sizeof block, &header), HKV_CORRUPT, "magic");
+  other.num_layers = 2;
+  CHECK_ERROR(hkv_slot_verify(&other, slot, bytes, NULL), HKV_CORRUPT, "2 layers");
+  bytes_of[5]++;
+  CHECK_ERROR(hkv_slot_inspect(slot, bytes, &header), HKV_CORRUPT, "version 2");
+  bytes_of[5]--;
+  CHECK_ERROR(hkv_slot_decode(&geometry, slot, bytes, decoded, BLOCK_ELEMENTS - 1, NULL),
+              HKV_INVALID_ARGUMENT, "elements");
+  int touched = 0;
+  for (int i = 0; i < BLOCK_ELEMENTS; i++) touched += decoded[i] != 0x5555;
+  CHECK(touched == 0);
+  CHECK(hkv_slot_decode(&geometry, slot, bytes, decoded, BLOCK_ELEMENTS, &header) == HKV_OK);
+  CHECK(header.codec == HKV_CODEC_INT6);
+
+  other = geometry;
+  other.dtype = HKV_DTYPE_F16;
+  CHECK_ERROR(hkv_slot_bytes(HKV_CODEC_LX4, &other, &bytes), HKV_UNSUPPORTED, "f16");
+  other.dtype = HKV_DTYPE_E4M3;
+  CHECK_ERROR(hkv_slot_bytes(HKV_CODEC_RAW, &other, &bytes), HKV_UNSUPPORTED, "bf16, f16");
+  CHECK_ERROR(hkv_slot_bytes(HKV_CODEC_RAW, NULL, &bytes), HKV_INVALID_ARGUMENT,
+              "geometry is null");
+  CHECK_ERROR(hkv_slot_bytes(HKV_CODEC_RAW, &geometry, NULL), HKV_INVALID_ARGUMENT,
+              "bytes is null");
+  CHECK_ERROR(hkv_slot_bytes(300, &geometry, &bytes), HKV_UNSUPPORTED, "codec 300");
+  CHECK_ERROR(hkv_slot_encode(HKV_CODEC_RAW, &geometry, block, BLOCK_ELEMENTS, slot, 64, &result),
+              HKV_INVALID_ARGUMENT, "a slot of 64 bytes");
+  CHECK_ERROR(hkv_slot_encode(HKV_CODEC_RAW, &geometry, NULL, BLOCK_ELEMENTS, slot, 64, &result),
+              HKV_INVALID_ARGUMENT, "elements is null");
+  CHECK_ERROR(
+      hkv_slot_encode(HKV_CODEC_RAW, &geometry, block, BLOCK_ELEMENTS, slot, sizeof slot, NULL),
+      HKV_INVALID_ARGUMENT, "result is null");
+  CHECK_ERROR(hkv_slot_inspect(NULL, 32, &header), HKV_INVALID_ARGUMENT, "null");
+  CHECK_ERROR(hkv_slot_inspect(slot, 32, NULL), HKV_INVALID_ARGUMENT, "header is null");
+  CHECK_ERROR(hkv_codec_by_name("zstd", &codec), HKV_UNSUPPORTED, "int6");
+  CHECK_ERROR(hkv_codec_by_name("raw", NULL), HKV_INVALID_ARGUMENT, "codec is null");
+}
+
 // What only checking mode sees, since it is in device memory.
 static void test_checked(const hkv_kernels* kernels) {
   hkv_append_args append = append_args();
@@ -403,6 +590,8 @@ int main(void) {
   test_attention(kernels);
   test_merge(kernels);
   test_move(kernels);
+  test_codec(kernels, 0);
+  test_slots();
   hkv_kernels_destroy(kernels);
 
   CHECK(hkv_kernels_load_checked(device, &kernels) == HKV_OK);
@@ -410,6 +599,7 @@ int main(void) {
   test_append(kernels);
   test_attention(kernels);
   test_move(kernels);
+  test_codec(kernels, 1);
   test_checked(kernels);
   hkv_kernels_destroy(kernels);
   hkv_device_destroy(NULL);

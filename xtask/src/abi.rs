@@ -42,7 +42,7 @@ use super::movement::hkv_block_move;
 ",
         items: "hkv_(status|span|head_strides|kv|class_plan|(block_)?[a-z]+_args|block_layout|block_order|way|\
                 hit|allocation|direction|transfer|block_copy|completion|completion_kind|tier|event|\
-                event_kind|slice|pin|preemption|prefetch)|HKV_ABI_VERSION",
+                event_kind|slice|pin|preemption|prefetch|codec|geometry|slot_header)|HKV_ABI_VERSION",
     },
 ];
 
