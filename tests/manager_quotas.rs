@@ -157,6 +157,31 @@ fn quotas_hold_for_write_back_prefetches_and_sequences_that_are_swapped_out() {
 }
 
 #[test]
+fn a_tenant_whose_quota_is_pinned_loses_what_it_writes_back() {
+    let (mut m, _) = manager(HostConfig::new(32).with_write(WritePolicy::Back));
+    m.set_quota(Tier::Host, "t", blocks(4)).unwrap();
+    let flood = |m: &mut Manager, first| {
+        while m.allocate(9, &tokens(first, 4096), KEYS, 0).is_err() {
+            run_all(m);
+        }
+        m.abort(9).unwrap();
+    };
+    let [first, second, other] = [0, 1000, 2000].map(|start| tokens(start, 65));
+    compute(&mut m, 1, &first, "t");
+    flood(&mut m, 100_000);
+    m.pin(Tier::Host, &m.hash(&first, of("t"))).unwrap();
+    compute(&mut m, 2, &second, "t");
+    compute(&mut m, 3, &other, "u");
+    assert_eq!(m.stats().evictions_dropped, 0);
+    flood(&mut m, 200_000);
+    assert_eq!(m.stats().evictions_dropped, 4, "nobody waits for ever, and nobody else gives way");
+    assert_eq!(m.quota_used(Tier::Host, "t"), Some(4));
+    for (prompt, salt, tokens) in [(&first, "t", 64), (&second, "t", 0), (&other, "u", 64)] {
+        assert_eq!(m.lookup(prompt, of(salt)).host_tokens, tokens, "{salt}");
+    }
+}
+
+#[test]
 fn quotas_that_mean_nothing_are_refused() {
     let refused = |bytes, block| {
         let error = Quota::of_bytes(bytes, block).unwrap_err();

@@ -4,7 +4,7 @@
 
 mod run_command;
 
-use run_command::{assert_verified, count, figures, run, temporary};
+use run_command::{assert_verified, count, figures, hybridkv, run, temporary};
 use serde_json::Value;
 
 /// A pool of a few contexts, and a host tier that holds more.
@@ -33,6 +33,23 @@ fn conversations_are_evicted_restored_and_verified() {
     // is looked at: no more tokens than its blocks have room for.
     let tokens = device["tokens"].as_f64().expect("a number");
     assert!(tokens > 0.0 && tokens <= 16.0 * count(device, "/cached_blocks") as f64, "{tokens}");
+}
+
+#[test]
+fn a_run_leaves_a_report_like_the_others() {
+    let path = temporary("report.json");
+    let name = path.to_str().expect("a UTF-8 path");
+    let args = ["--requests", "40", "--fault", "corrupt:onboard", "--json", name];
+    assert_eq!(run(&[SMALL, &args].concat()).status.code(), Some(1));
+    let output = hybridkv(&["report", "--rows", name]);
+    std::fs::remove_file(&path).expect("the file was written");
+    assert!(output.status.success());
+    let text = String::from_utf8_lossy(&output.stdout);
+    for row in ["served", "hits/host", "onboard", "attention/decode", "verified/rows"] {
+        assert!(text.contains(row), "{row} is missing in\n{text}");
+    }
+    let blocks = text.lines().find(|line| line.contains("verified/blocks"));
+    assert!(blocks.is_some_and(|line| line.contains("FAILED")), "{text}");
 }
 
 #[test]

@@ -271,12 +271,11 @@ def as_vllm(options, mix, pool):
     return json.loads(done.stdout)["hit_tokens"]
 
 
-def criterion(folder, name):
-    """The median in microseconds that criterion noted, or None."""
-    path = folder / name.replace("/", "_") / "new" / "estimates.json"
-    if not path.is_file():
-        return None
-    return json.loads(path.read_text(encoding="utf-8"))["median"]["point_estimate"] / 1e3
+def criterion(folders, name):
+    """The least of the medians that criterion noted, in microseconds, or None."""
+    paths = [folder / name.replace("/", "_") / "new" / "estimates.json" for folder in folders]
+    notes = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    return min((note["median"]["point_estimate"] / 1e3 for note in notes), default=None)
 
 
 def compare(row, options):
@@ -298,8 +297,8 @@ def compare(row, options):
         mix = "scout" if case.endswith("/scout") else "full"
         vllm = in_a_process(options, "operations", mix) or {}
         peers = {"vllm": vllm.get(case), "kvbm-logical": criterion(options.kvbm, case)}
-    if "vllm" in peers and row["unit"] == "us":
-        row["note"] = f"vLLM: the least of its runs, on one of {os.cpu_count()} cores"
+    if row["unit"] == "us" and any(peers.values()):
+        row["note"] = f"others: the least of their runs, on one of {os.cpu_count()} cores"
     row["peers"] = {name: figure for name, figure in peers.items() if figure is not None}
     if not row["peers"]:
         del row["peers"]
@@ -326,8 +325,13 @@ def main():
     parser.add_argument("--trace", type=pathlib.Path, required=True, help="a trace in the Mooncake JSONL form")
     parser.add_argument("--report", type=pathlib.Path, required=True, help="of `hybridkv bench manager`: read, and written again")
     parser.add_argument("--hybridkv", type=pathlib.Path, default=ROOT / "target/release/hybridkv")
-    parser.add_argument("--criterion", type=pathlib.Path, default=ROOT / "target/criterion", help="of `cargo bench --bench manager`")
-    parser.add_argument("--kvbm", type=pathlib.Path, default=ROOT / "target/kvbm/criterion")
+    parser.add_argument(
+        "--criterion", type=pathlib.Path, nargs="+", default=[ROOT / "target/criterion"],
+        help="of `cargo bench --bench manager`; of several runs (CRITERION_HOME) the least counts",
+    )
+    parser.add_argument(
+        "--kvbm", type=pathlib.Path, nargs="+", default=[ROOT / "target/kvbm/criterion"], help="the same of validation/kvbm",
+    )
     parser.add_argument("--vllm", type=pathlib.Path, help="keep vLLM's figures in this file")
     parser.add_argument(
         "--runs", type=int, default=1,

@@ -6,17 +6,19 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-/// `hybridkv run` with these arguments, on the CPU device when they name none. `HYBRIDKV_BIN` names the
-/// binary where cargo did not build it.
-pub fn run(args: &[&str]) -> Output {
-    let device = if args.contains(&"--device") { &[][..] } else { &["--device", "cpu"][..] };
+/// `hybridkv` with these arguments. `HYBRIDKV_BIN` names the binary where cargo did not build it.
+pub fn hybridkv(args: &[&str]) -> Output {
     let binary = std::env::var_os("HYBRIDKV_BIN");
     Command::new(binary.unwrap_or_else(|| env!("CARGO_BIN_EXE_hybridkv").into()))
-        .arg("run")
-        .args(device)
         .args(args)
         .output()
         .expect("the binary runs")
+}
+
+/// `hybridkv run` with these arguments, on the CPU device when they name none.
+pub fn run(args: &[&str]) -> Output {
+    let device = if args.contains(&"--device") { &[][..] } else { &["--device", "cpu"][..] };
+    hybridkv(&[&["run"], device, args].concat())
 }
 
 /// A file of this process's own.
