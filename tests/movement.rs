@@ -9,7 +9,7 @@ use hybridkv::abi::hkv_copy;
 use hybridkv::device::{Device, PinnedBuffer};
 use hybridkv::movement::{
     BlockLayout, BlockMove, BlockPart, BlockRows, EngineCost, KernelCost, Layers, LinkModel, Mover,
-    PathCosts, PitchedCost, Planner, Route, Traffic, Way,
+    PathCosts, PitchedCost, Planner, Route, SizeCosts, Traffic, Way,
 };
 use hybridkv::ops::{Kernels, MoveShape};
 
@@ -58,13 +58,17 @@ fn devices() -> Vec<Device> {
 }
 
 fn kernel(ctas: u32, gbps: f64) -> KernelCost {
-    KernelCost { ctas, start_us: 5.0, row_us: 0.02, gbps }
+    KernelCost { ctas, start_us: 5.0, rows: SizeCosts::at_rate(0.02, gbps) }
 }
 
 /// A model under which one of the paths is by far the fastest.
 fn model(engine: f64, pitched: f64, kernels: f64) -> LinkModel {
     let paths = PathCosts {
-        engine: Some(EngineCost { start_us: 0.0, copy_us: 0.0, gbps: engine }),
+        engine: Some(EngineCost {
+            start_us: 0.0,
+            submit_us: 0.0,
+            copies: SizeCosts::at_rate(0.0, engine),
+        }),
         pitched: Some(PitchedCost { call_us: 0.0, row_us: 0.0, gbps: pitched }),
         kernels: vec![kernel(4, kernels)],
     };

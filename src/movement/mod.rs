@@ -15,6 +15,6 @@ mod mover;
 mod plan;
 
 pub use layout::{BlockLayout, BlockMove, BlockPart, BlockRows, Layers, live_blocks};
-pub use model::{EngineCost, KernelCost, LinkModel, PathCosts, PitchedCost};
+pub use model::{EngineCost, KernelCost, LinkModel, PathCosts, PitchedCost, SizeCosts};
 pub use mover::Mover;
 pub use plan::{Planner, Route, Traffic, Way};

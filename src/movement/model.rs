@@ -1,28 +1,99 @@
 //! What the paths of a host and a device cost: the numbers that a plan is made from.
 //!
-//! A time is a start, something per item, and bytes at a rate. [`LinkModel::calibrate`] measures the numbers where
-//! they are used; a model is plain data, so that plans can be made for machines that are not there.
+//! A time is a start, and something per item that depends on its size. [`LinkModel::calibrate`] measures the numbers
+//! where they are used; a model is plain data, so that plans can be made for machines that are not there.
 
 use super::plan::{Traffic, Way, best_kernel};
+use crate::error::Result;
+
+/// Copies of one call: the copy engine starts on them when the driver has all.
+pub(super) const BATCH_COPIES: usize = 128;
+
+/// Microseconds of one item, a row or a copy, by its bytes: as measured at [`SizeCosts::SIZES`], on straight lines
+/// between them, and at the rate of the largest beyond.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SizeCosts([f64; SizeCosts::SIZES.len()]);
+
+impl SizeCosts {
+    /// Bytes at which items are measured.
+    pub const SIZES: [u64; 8] =
+        [256, 512, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20];
+
+    /// Costs by a function of the bytes. More bytes never cost less: what was measured so is noise.
+    ///
+    /// # Errors
+    /// Those of the function.
+    pub fn measured(mut us: impl FnMut(u64) -> Result<f64>) -> Result<Self> {
+        let mut costs = [0.0; Self::SIZES.len()];
+        let mut most = 0.0f64;
+        for (cost, bytes) in costs.iter_mut().zip(Self::SIZES) {
+            most = most.max(us(bytes)?);
+            *cost = most;
+        }
+        Ok(Self(costs))
+    }
+
+    /// Items that take no less than so many microseconds, and bytes at so many GB/s.
+    pub fn at_rate(us: f64, gbps: f64) -> Self {
+        Self(Self::SIZES.map(|bytes| us.max(bytes as f64 / gbps / 1e3)))
+    }
+
+    /// The same with bytes at so many GB/s at most.
+    #[must_use]
+    pub fn at_most(mut self, gbps: f64) -> Self {
+        for (cost, bytes) in self.0.iter_mut().zip(Self::SIZES) {
+            *cost = cost.max(bytes as f64 / gbps / 1e3);
+        }
+        self
+    }
+
+    /// Microseconds of an item.
+    pub fn us(&self, bytes: u64) -> f64 {
+        let (sizes, costs) = (&Self::SIZES, &self.0);
+        let last = sizes.len() - 1;
+        match sizes.iter().position(|&size| bytes <= size) {
+            Some(0) => costs[0],
+            Some(above) => {
+                let (from, to) = (sizes[above - 1], sizes[above]);
+                let share = (bytes - from) as f64 / (to - from) as f64;
+                costs[above - 1] + share * (costs[above] - costs[above - 1])
+            }
+            None => costs[last] * (bytes as f64 / sizes[last] as f64),
+        }
+    }
+
+    /// Gigabytes (1e9 bytes) per second of large items.
+    pub fn gbps(&self) -> f64 {
+        let last = Self::SIZES.len() - 1;
+        Self::SIZES[last] as f64 / self.0[last] / 1e3
+    }
+
+    /// Microseconds of so many items and bytes in all.
+    fn all_us(&self, count: u64, bytes: u64) -> f64 {
+        count as f64 * self.us(bytes / count.max(1))
+    }
+}
 
 /// Copies by the copy engines, submitted as batches.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct EngineCost {
     /// Microseconds of a batch of nothing.
     pub start_us: f64,
-    /// Microseconds of a copy, its submission included.
-    pub copy_us: f64,
-    /// Gigabytes (1e9 bytes) per second.
-    pub gbps: f64,
+    /// Microseconds that the host takes to submit a copy. The engine begins when it has all of a batch, and works on it
+    /// while the host submits the next one.
+    pub submit_us: f64,
+    /// Copies, one batch after another.
+    pub copies: SizeCosts,
 }
 
 impl EngineCost {
-    pub(super) fn each_us(&self, bytes: u64) -> f64 {
-        self.copy_us + bytes as f64 * (1e-3 / self.gbps)
+    /// Until the engine begins with the first of so many copies.
+    pub(super) fn begin_us(&self, copies: u64) -> f64 {
+        self.start_us + copies.min(BATCH_COPIES as u64) as f64 * self.submit_us
     }
 
     pub(super) fn us(&self, copies: u64, bytes: u64) -> f64 {
-        self.start_us + copies as f64 * self.copy_us + bytes as f64 / self.gbps / 1e3
+        self.begin_us(copies) + self.copies.all_us(copies, bytes)
     }
 }
 
@@ -50,19 +121,13 @@ pub struct KernelCost {
     pub ctas: u32,
     /// Microseconds of a launch of nothing.
     pub start_us: f64,
-    /// Microseconds that no row takes less than, however short.
-    pub row_us: f64,
-    /// Gigabytes (1e9 bytes) per second, of long rows.
-    pub gbps: f64,
+    /// Rows of a long list.
+    pub rows: SizeCosts,
 }
 
 impl KernelCost {
-    pub(super) fn each_us(&self, bytes: u64) -> f64 {
-        self.row_us.max(bytes as f64 * (1e-3 / self.gbps))
-    }
-
     pub(super) fn us(&self, rows: u64, bytes: u64) -> f64 {
-        self.start_us + (rows as f64 * self.row_us).max(bytes as f64 / self.gbps / 1e3)
+        self.start_us + self.rows.all_us(rows, bytes)
     }
 }
 
@@ -95,7 +160,7 @@ pub struct LinkModel {
 impl LinkModel {
     /// A model in which everything goes by `move_blocks` with this quota: for devices without copy engines.
     pub fn kernels_only(ctas: u32) -> Self {
-        let kernel = KernelCost { ctas, start_us: 0.0, row_us: 0.0, gbps: 1.0 };
+        let kernel = KernelCost { ctas, start_us: 0.0, rows: SizeCosts::at_rate(0.0, 1.0) };
         let paths = PathCosts { engine: None, pitched: None, kernels: vec![kernel] };
         Self {
             to_device: [paths.clone(), paths.clone()],

@@ -7,14 +7,12 @@ use crate::device::{CopyBatch, DeviceBuffer, Event, Span, Stream, StreamRef};
 use crate::error::{Error, Result};
 use crate::ops::{CtaQuota, Kernels, MoveArgs, MoveShape};
 
-use super::model::LinkModel;
+use super::model::{BATCH_COPIES, LinkModel};
 use super::plan::{Planner, Route, Traffic, Way};
 
 const OP: &str = "move";
 /// Slots of a staging ring: one that is filled, one that is emptied, one between them.
 const SLOTS: usize = 3;
-/// Copies of one call.
-const BATCH_COPIES: usize = 128;
 /// Bytes of a slot: what a link takes 100 to 200 us for, and a launch is little beside.
 const SLOT_BYTES: u64 = 8 << 20;
 

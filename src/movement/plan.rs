@@ -10,7 +10,7 @@ use crate::abi::hkv_copy;
 use crate::device::{CopyBatch, PitchedCopy};
 use crate::ops::MoveShape;
 
-use super::model::{KernelCost, LinkModel, PathCosts};
+use super::model::{KernelCost, LinkModel, PathCosts, SizeCosts};
 
 /// Which way a move goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -154,12 +154,13 @@ impl Planner {
     ) -> Route {
         let bytes = copies.iter().map(|copy| copy.bytes).sum();
         let kernel = best_kernel(paths, copies.len() as u64, bytes);
-        let by_kernel = |copy: &hkv_copy| cta_price * kernel.each_us(copy.bytes);
+        let by_kernel = |copy: &hkv_copy| cta_price * kernel.rows.us(copy.bytes);
         let by_engine = |copy: &hkv_copy| {
-            paths.engine.map_or(f64::INFINITY, |engine| engine.each_us(copy.bytes))
+            paths.engine.map_or(f64::INFINITY, |engine| engine.copies.us(copy.bytes))
         };
         // Each of the two has a start of its own: what is best fragment by fragment may not be in all.
-        let engine_start = paths.engine.map_or(f64::INFINITY, |engine| engine.start_us);
+        let count = copies.len() as u64;
+        let engine_start = paths.engine.map_or(f64::INFINITY, |engine| engine.begin_us(count));
         let mut all = [kernel.start_us, engine_start, kernel.start_us + engine_start];
         for copy in copies.iter() {
             let (kernel, engine) = (by_kernel(copy), by_engine(copy));
@@ -322,7 +323,7 @@ fn coalesce(copies: &mut [hkv_copy], most: u64) -> usize {
 
 /// The quota that is fastest, or as fast with fewer CTAs.
 pub(super) fn best_kernel(paths: &PathCosts, rows: u64, bytes: u64) -> KernelCost {
-    let none = KernelCost { ctas: 1, start_us: 0.0, row_us: 0.0, gbps: f64::MIN_POSITIVE };
+    let none = KernelCost { ctas: 1, start_us: f64::INFINITY, rows: SizeCosts::at_rate(0.0, 1.0) };
     paths.kernels.iter().copied().fold(none, |best, next| {
         let (a, b) = (best.us(rows, bytes), next.us(rows, bytes));
         let faster = if next.ctas > best.ctas { b * CTA_PRICE < a } else { b <= a * CTA_PRICE };

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::movement::{EngineCost, PitchedCost};
+use crate::movement::{EngineCost, PitchedCost, SizeCosts};
 use crate::ops::MoveDim;
 
 /// Where the two memories begin, as addresses.
@@ -96,18 +96,18 @@ fn check(
 
 fn model() -> impl Strategy<Value = LinkModel> {
     let us = || prop_oneof![Just(0.0), 0.01..20.0f64];
-    let engine = (us(), us(), 1.0..60.0f64).prop_map(|(start_us, copy_us, gbps)| EngineCost {
-        start_us,
-        copy_us,
-        gbps,
-    });
+    let engine =
+        (us(), us(), us(), 1.0..60.0f64).prop_map(|(start_us, submit_us, copy_us, gbps)| {
+            EngineCost { start_us, submit_us, copies: SizeCosts::at_rate(copy_us, gbps) }
+        });
     let pitched = (us(), us(), 1.0..60.0f64).prop_map(|(call_us, row_us, gbps)| PitchedCost {
         call_us,
         row_us,
         gbps,
     });
-    let kernel = (1u32..20, us(), us(), 1.0..60.0f64)
-        .prop_map(|(ctas, start_us, row_us, gbps)| KernelCost { ctas, start_us, row_us, gbps });
+    let kernel = (1u32..20, us(), us(), 1.0..60.0f64).prop_map(|(ctas, start_us, row_us, gbps)| {
+        KernelCost { ctas, start_us, rows: SizeCosts::at_rate(row_us, gbps) }
+    });
     let paths = (
         prop::option::of(engine),
         prop::option::of(pitched),
@@ -201,19 +201,26 @@ proptest! {
 
 /// About what an H100 on PCIe 5 does.
 fn example() -> LinkModel {
-    let paths = |engine: f64, kernel: f64| PathCosts {
-        engine: Some(EngineCost { start_us: 3.0, copy_us: 0.5, gbps: engine }),
+    let kernel = |ctas, row_us, gbps| KernelCost {
+        ctas,
+        start_us: 6.0,
+        rows: SizeCosts::at_rate(row_us, gbps),
+    };
+    let paths = |engine: f64, rate: f64| PathCosts {
+        engine: Some(EngineCost {
+            start_us: 3.0,
+            submit_us: 0.5,
+            copies: SizeCosts::measured(|bytes| Ok(0.5f64.max(0.12 + bytes as f64 / engine / 1e3)))
+                .unwrap(),
+        }),
         pitched: Some(PitchedCost { call_us: 9.0, row_us: 0.003, gbps: engine }),
-        kernels: vec![
-            KernelCost { ctas: 4, start_us: 6.0, row_us: 0.03, gbps: kernel },
-            KernelCost { ctas: 16, start_us: 6.0, row_us: 0.017, gbps: kernel },
-        ],
+        kernels: vec![kernel(4, 0.03, rate), kernel(16, 0.017, rate)],
     };
     LinkModel {
-        to_device: [paths(54.0, 51.0), paths(43.0, 30.0)],
+        to_device: [paths(53.0, 51.0), paths(43.0, 30.0)],
         to_host: [paths(54.0, 52.0), paths(43.0, 25.0)],
         inside: paths(1500.0, 1400.0),
-        staging: KernelCost { ctas: 8, start_us: 6.0, row_us: 0.001, gbps: 150.0 },
+        staging: kernel(8, 0.001, 150.0),
     }
 }
 

@@ -9,7 +9,7 @@ use hybridkv::device::Span;
 use hybridkv::error::Result;
 use hybridkv::movement::{
     BlockLayout, BlockMove, BlockPart, BlockRows, EngineCost, KernelCost, Layers, LinkModel, Mover,
-    PathCosts, PitchedCost, Traffic, Way, live_blocks,
+    PathCosts, PitchedCost, SizeCosts, Traffic, Way, live_blocks,
 };
 use hybridkv::ops::{CtaQuota, MoveArgs};
 
@@ -384,9 +384,14 @@ impl Places {
 /// A model in which one path costs next to nothing, and the others much.
 fn model(cheap: Path) -> LinkModel {
     let gbps = |path| if path == cheap { 1000.0 } else { 0.001 };
-    let kernel = |gbps| KernelCost { ctas: 4, start_us: 5.0, row_us: 0.0, gbps };
+    let costs = |gbps| SizeCosts::at_rate(0.0, gbps);
+    let kernel = |gbps| KernelCost { ctas: 4, start_us: 5.0, rows: costs(gbps) };
     let paths = PathCosts {
-        engine: Some(EngineCost { start_us: 0.0, copy_us: 0.0, gbps: gbps(Path::Engine) }),
+        engine: Some(EngineCost {
+            start_us: 0.0,
+            submit_us: 0.0,
+            copies: costs(gbps(Path::Engine)),
+        }),
         pitched: Some(PitchedCost { call_us: 0.0, row_us: 0.0, gbps: gbps(Path::Pitched) }),
         kernels: vec![kernel(gbps(Path::Kernel))],
     };
