@@ -272,6 +272,68 @@ fn injected_faults_do_what_they_say() {
     assert_eq!(wait(&mut engine), [(9, Outcome::Succeeded)]);
 }
 
+/// The driver fails when the copies of a batch are under way: once that is known nothing of it is, so that its memory may
+/// be used again; what was submitted with it is reported as failed, once; and the engine goes on.
+#[test]
+fn what_a_driver_error_interrupts_leaves_nothing_under_way() {
+    for seed in 0..32 {
+        let device = Device::cpu_deferred(seed);
+        let compute = device.stream().unwrap();
+        let mut engine = engine(&device, CONFIG);
+        write(&engine, 2, 2, compute.as_ref());
+        engine.submit(&[offload(0, 2, 3)], compute.as_ref()).unwrap();
+        assert_eq!(wait(&mut engine), [(0, Outcome::Succeeded)]);
+
+        engine.inject(Fault { direction: Direction::Onboard, kind: FaultKind::Driver, count: 1 });
+        let submitted = [onboard(1, 3, 1), offload(2, 2, 4), onboard(3, 3, 4)];
+        let error = engine.submit(&submitted, compute.as_ref()).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Cuda { .. }), "{error}");
+        assert_eq!(engine.outstanding(), 3);
+        let mut ended = Vec::new();
+        engine.poll(&mut ended).unwrap();
+        ended.sort();
+        assert_eq!(ended, [1, 2, 3].map(|id| (id, Outcome::Failed)));
+        assert_eq!(engine.outstanding(), 0);
+
+        // The targets are somebody else's from now on.
+        write(&engine, 1, 9, compute.as_ref());
+        write(&engine, 4, 8, compute.as_ref());
+        compute.as_ref().synchronize().unwrap();
+        engine.submit(&[onboard(4, 3, 5), offload(5, 2, 6)], compute.as_ref()).unwrap();
+        let mut ended = wait(&mut engine);
+        ended.sort();
+        assert_eq!(ended, [4, 5].map(|id| (id, Outcome::Succeeded)));
+        for (block, byte) in [(1, 9), (4, 8), (5, 2)] {
+            let bytes = read(&engine, block, compute.as_ref());
+            assert!(holds(&bytes, byte), "block {block}, seed {seed}");
+        }
+        assert!(holds(&engine.slot(6).unwrap()[..BLOCK], 2));
+    }
+}
+
+/// A chunk of stores that could not be started is started again: its blocks are reserved until the end is reported.
+#[test]
+fn stores_outlast_a_driver_error() {
+    for seed in 0..32 {
+        let device = Device::cpu_deferred(seed);
+        let compute = device.stream().unwrap();
+        let mut engine = engine(&device, CONFIG);
+        write(&engine, 2, 2, compute.as_ref());
+        write(&engine, 3, 3, compute.as_ref());
+        engine.inject(Fault { direction: Direction::Offload, kind: FaultKind::Driver, count: 1 });
+        let stores = [offload(0, 2, 5), offload(1, 3, 6)];
+        let error = engine.submit(&stores, compute.as_ref()).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::Cuda { .. }), "{error}");
+        let mut ended = wait(&mut engine);
+        ended.sort();
+        assert_eq!(ended, [0, 1].map(|id| (id, Outcome::Succeeded)));
+        for (slot, byte) in [(5, 2), (6, 3)] {
+            assert!(holds(&engine.slot(slot).unwrap()[..BLOCK], byte), "seed {seed}");
+        }
+        assert_eq!(engine.stats().offload.bytes, 2 * BLOCK as u64);
+    }
+}
+
 #[test]
 fn more_transfers_than_the_ring_holds_wait_for_room() {
     let device = Device::cpu_deferred(2);

@@ -85,7 +85,11 @@ impl Copies {
         // are whole blocks of the pool; no target is another copy's source or target. On the compute
         // stream they follow the last use of the targets, and all later uses follow them.
         unsafe { kernels.move_blocks(&args, compute)? };
-        compute.record(ended)?;
+        if let Err(error) = compute.record(ended) {
+            // Nothing else would say when the launch no longer reads its descriptors.
+            compute.synchronize()?;
+            return Err(error);
+        }
         self.next = (self.next + 1) % BATCHES;
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use crate::error::{Error, ErrorKind, Result};
 use crate::manager::{Direction, Outcome, TransferId};
 
 /// How a transfer misbehaves.
@@ -29,6 +30,8 @@ pub enum FaultKind {
     },
     /// The submission does not wait for the compute stream (breaks R2 and R3).
     Unordered,
+    /// A driver call fails when the first copies of a batch are under way.
+    Driver,
 }
 
 /// Misbehaviour of the next transfers of one direction.
@@ -38,7 +41,7 @@ pub struct Fault {
     pub direction: Direction,
     /// What they do.
     pub kind: FaultKind,
-    /// How many of them (submissions, for [`FaultKind::Unordered`]).
+    /// How many of them (submissions, for [`FaultKind::Unordered`]; batches, for [`FaultKind::Driver`]).
     pub count: u32,
 }
 
@@ -57,7 +60,8 @@ impl Faults {
 
     /// The fault of the next transfer of this direction, used up.
     pub fn take(&mut self, direction: Direction, id: TransferId) -> Option<FaultKind> {
-        let kind = self.take_if(direction, |kind| kind != FaultKind::Unordered)?;
+        let of_transfers = |kind| !matches!(kind, FaultKind::Unordered | FaultKind::Driver);
+        let kind = self.take_if(direction, of_transfers)?;
         if let FaultKind::Delay { polls } = kind {
             self.delays.push((id, polls));
         }
@@ -67,6 +71,25 @@ impl Faults {
     /// Whether the next submission of this direction is to start unordered, used up.
     pub fn take_unordered(&mut self, direction: Direction) -> bool {
         self.take_if(direction, |kind| kind == FaultKind::Unordered).is_some()
+    }
+
+    /// A driver call amid the submission of a batch.
+    ///
+    /// # Errors
+    /// The injected one, used up.
+    pub fn driver_call(&mut self, direction: Direction) -> Result<()> {
+        match self.take_if(direction, |kind| kind == FaultKind::Driver) {
+            None => Ok(()),
+            Some(_) => Err(Error::new(
+                "engine",
+                ErrorKind::Cuda {
+                    call: "an injected fault",
+                    code: 999,
+                    name: "CUDA_ERROR_UNKNOWN".to_owned(),
+                    message: "unknown error".to_owned(),
+                },
+            )),
+        }
     }
 
     fn take_if(

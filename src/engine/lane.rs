@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::abi::hkv_copy;
 use crate::device::{Device, Event, PinnedBuffer, Span, Stream, StreamRef};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::manager::{BlockId, Direction, Outcome, SeqId, TransferId};
 use crate::movement::{LinkModel, Mover, Traffic, Way};
 use crate::ops::{Kernels, MoveShape};
@@ -137,6 +137,8 @@ pub(super) struct Lane {
     spoilt: HashMap<TransferId, Outcome>,
     /// Of the batch that is being started.
     moves: Vec<Move>,
+    /// Whether copies may be under way of which nothing says when they have ended.
+    poisoned: bool,
     stats: LaneStats,
 }
 
@@ -176,6 +178,7 @@ impl Lane {
             last: HashMap::new(),
             spoilt: HashMap::new(),
             moves: Vec::new(),
+            poisoned: false,
             stats: LaneStats::default(),
         })
     }
@@ -230,27 +233,61 @@ impl Lane {
         compute.wait(if last { &batch.end } else { &batch.parts[part] })
     }
 
-    /// Launches the next batch with as many of `moves` as it takes, all parts of them. The ring must have room.
+    /// Launches the next batch with as many of `moves` as it takes, all parts of them, and says how many. The ring
+    /// must have room.
+    ///
+    /// # Errors
+    /// As for [`Self::start`].
     pub fn start_whole(
         &mut self,
         moves: impl Iterator<Item = Move>,
         parts: &Parts,
         both_ways: bool,
         faults: &mut Faults,
-    ) -> Result<()> {
+    ) -> Result<usize> {
         let mut batch = std::mem::take(&mut self.moves);
         batch.clear();
         batch.extend(moves.take(parts.batch()));
         let of = parts.count(batch.iter().map(|m| m.bytes).sum());
         let started =
             self.start(&mut batch, PartRun { parts: 0..of, of }, parts, both_ways, faults);
+        let count = batch.len();
         self.moves = batch;
-        started
+        started.map(|()| count)
     }
 
     /// Launches the next batch: some parts of some moves. Transfers end with the batch of their last part. The
     /// ring must have room.
+    ///
+    /// # Errors
+    /// Those of the driver. What had been launched of the batch has ended then, so that its memory can be used again:
+    /// nothing else could say when. Of a lane that [is poisoned](Self::is_poisoned) not even that is known.
     pub fn start(
+        &mut self,
+        moves: &mut [Move],
+        run: PartRun,
+        parts: &Parts,
+        both_ways: bool,
+        faults: &mut Faults,
+    ) -> Result<()> {
+        if self.poisoned {
+            let message = "a driver error left copies under way; their memory must not be used: make \
+                           another engine";
+            return Err(Error::invalid("engine", message));
+        }
+        let launched = self.launch(moves, run, parts, both_ways, faults);
+        if launched.is_err() {
+            self.poisoned = self.stream.as_ref().synchronize().is_err();
+        }
+        launched
+    }
+
+    /// Whether copies may be under way that belong to no batch: the driver failed, and failed to wait for them.
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned
+    }
+
+    fn launch(
         &mut self,
         moves: &mut [Move],
         run: PartRun,
@@ -308,26 +345,28 @@ impl Lane {
                 unsafe { coder.submit(&mut batch.rows, moves, parts, (part, run.of), stream)? };
             batch.bytes += coded.slot_bytes;
             batch.block_bytes += coded.block_bytes;
+            if part == run.parts.start {
+                faults.driver_call(*direction)?;
+            }
             if part + 1 < run.parts.end {
                 stream.record(&batch.parts[part - run.parts.start])?;
             }
         }
-        if run.parts.end == run.of {
-            for Move { id, seq, dst, fate, .. } in moves.iter() {
-                let outcome = if fate.failed { Outcome::Failed } else { Outcome::Succeeded };
-                batch.transfers.push((*id, outcome));
-                if let Some(seq) = *seq
-                    && last.insert(seq, name) != Some(name)
-                {
-                    batch.seqs.push(seq);
-                }
-                if fate.corrupted {
-                    // SAFETY: the first bytes of a target of this batch, as above.
-                    unsafe { stream.fill(*dst, 0x5A, CORRUPTED_BYTES)? };
-                }
-            }
+        let ends = run.parts.end == run.of;
+        for Move { dst, .. } in moves.iter().filter(|m| ends && m.fate.corrupted) {
+            // SAFETY: the first bytes of a target of this batch, as above.
+            unsafe { stream.fill(*dst, 0x5A, CORRUPTED_BYTES)? };
         }
         stream.record(&batch.end)?;
+        for Move { id, seq, fate, .. } in moves.iter().filter(|_| ends) {
+            let outcome = if fate.failed { Outcome::Failed } else { Outcome::Succeeded };
+            batch.transfers.push((*id, outcome));
+            if let Some(seq) = *seq
+                && last.insert(seq, name) != Some(name)
+            {
+                batch.seqs.push(seq);
+            }
+        }
         self.in_flight += 1;
         Ok(())
     }
@@ -429,7 +468,7 @@ impl Move {
                     unsafe { stream.fill(self.dst, 0xFF, self.dst_bytes as usize)? };
                 }
             }
-            Some(FaultKind::Delay { .. } | FaultKind::Unordered) | None => {}
+            Some(FaultKind::Delay { .. } | FaultKind::Unordered | FaultKind::Driver) | None => {}
         }
         Ok(())
     }

@@ -95,6 +95,17 @@ pub struct Engine {
     arena: Arc<PinnedBuffer>,
 }
 
+/// What of a submission others are to report now.
+#[derive(Default)]
+struct Handed {
+    /// Transfers that storage was offered, its own or not.
+    storage: usize,
+    /// Loads in flight.
+    loads: usize,
+    /// Whether stores are queued.
+    stores: bool,
+}
+
 impl Engine {
     /// Allocates pool, arena and lanes on the device of `kernels`.
     ///
@@ -259,7 +270,10 @@ impl Engine {
     /// Blocks when a lane's ring is full, until its oldest batch has ended.
     ///
     /// # Errors
-    /// `InvalidArgument` for a block or slot out of range, or a slot of another codec: nothing was started.
+    /// `InvalidArgument` for a block or slot out of range, or a slot of another codec: nothing was started. After a
+    /// driver error every transfer is still reported by later polls: what was not handed over by then as failed, with
+    /// nothing of it under way. What the driver could not even wait for is never reported: its blocks and slots must
+    /// not be used, and later transfers of its direction are refused.
     pub fn submit(&mut self, transfers: &[Transfer], compute: StreamRef<'_>) -> Result<()> {
         if transfers.is_empty() {
             return Ok(());
@@ -290,8 +304,32 @@ impl Engine {
                 }
             }
         }
+        let mut handed = Handed::default();
+        let started = self.start(transfers, compute, &mut handed);
+        if started.is_err() {
+            let direction = |t: &&Transfer| t.path.direction();
+            let of_direction = |wanted| transfers.iter().filter(move |t| direction(t) == wanted);
+            let storage = transfers[handed.storage..]
+                .iter()
+                .filter(|t| matches!(direction(t), Direction::Persist | Direction::Fetch));
+            let loads = of_direction(Direction::Onboard)
+                .skip(handed.loads)
+                .filter(|_| !self.onboard.is_poisoned());
+            let stores = of_direction(Direction::Offload).filter(|_| !handed.stores);
+            self.ended.extend(storage.chain(loads).chain(stores).map(|t| (t.id, Outcome::Failed)));
+        }
+        started
+    }
+
+    fn start(
+        &mut self,
+        transfers: &[Transfer],
+        compute: StreamRef<'_>,
+        handed: &mut Handed,
+    ) -> Result<()> {
         for transfer in transfers {
             self.start_storage(transfer)?;
+            handed.storage += 1;
         }
         let of_direction =
             |wanted| transfers.iter().filter(move |t| t.path.direction() == wanted).peekable();
@@ -320,7 +358,8 @@ impl Engine {
             self.onboard.make_room(&mut self.ended)?;
             let stores = self.offload.is_busy();
             let loads = loads.by_ref().map(as_move);
-            self.onboard.start_whole(loads, &self.load_parts, stores, &mut self.faults)?;
+            handed.loads +=
+                self.onboard.start_whole(loads, &self.load_parts, stores, &mut self.faults)?;
         }
         let mut stores = of_direction(Direction::Offload);
         if stores.peek().is_some() {
@@ -330,6 +369,7 @@ impl Engine {
             };
             self.offload.push(stores.map(as_move), behind);
         }
+        handed.stores = true;
         self.pump(false)
     }
 

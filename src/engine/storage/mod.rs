@@ -103,7 +103,12 @@ impl Job {
             Some(FaultKind::Skip) => return Ok(()),
             Some(FaultKind::Corrupt) => Some(Damage::Corrupt),
             Some(FaultKind::Short) => Some(Damage::Short),
-            Some(FaultKind::Delay { .. } | FaultKind::Late { .. } | FaultKind::Unordered)
+            Some(
+                FaultKind::Delay { .. }
+                | FaultKind::Late { .. }
+                | FaultKind::Unordered
+                | FaultKind::Driver,
+            )
             | None => None,
         };
         if self.persists {
