@@ -76,19 +76,24 @@ fn every_suite_runs_and_reports() {
     for name in ["copy_engine_h2d_gbps", "copy_engine_d2h_gbps", "copy_engine_d2d_gbps"] {
         assert!(limits["limits"][name].as_f64().unwrap() > 0.0, "{name}");
     }
-    comparison_knows_the_rows(&folder.join("movement.json"));
+    // What comparisons with others do without a GPU, on the rows of this report.
+    let report = ("HYBRIDKV_MOVEMENT_REPORT", folder.join("movement.json"));
+    python_passes("validation/test_compare_movement.py", Some(report));
     std::fs::remove_dir_all(folder).unwrap();
 }
 
-/// What `validation/compare_movement.py` does without a GPU, on the rows of this report.
-fn comparison_knows_the_rows(report: &Path) {
+/// Runs a test in Python, with one variable more.
+fn python_passes(script: &str, variable: Option<(&str, PathBuf)>) {
     let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".to_owned());
-    let mut command = Command::new(&python);
-    command.arg("validation/test_compare_movement.py").env("HYBRIDKV_MOVEMENT_REPORT", report);
-    let Ok(output) = command.output() else {
+    let Ok(output) = Command::new(&python).arg(script).envs(variable).output() else {
         return eprintln!("SKIPPED: no {python} on this machine");
     };
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn a_comparison_of_codecs_counts_what_came_back() {
+    python_passes("validation/test_compare_codec.py", None);
 }
 
 #[test]

@@ -34,6 +34,8 @@ from dataclasses import dataclass
 
 import torch
 
+from report_file import write
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "python"))
 import hybridkv as hkv  # noqa: E402
@@ -551,13 +553,6 @@ def merge(report, results):
         if not row["peers"]:
             del row["peers"]
     return table, failed, larger
-
-
-def write(report, path):
-    """One line per row, as `hybridkv bench` writes it."""
-    head = json.dumps(dict(report, rows=[]), indent=2)
-    lines = ",\n    ".join(json.dumps(row) for row in report["rows"])
-    path.write_text(head.replace('"rows": []', f'"rows": [\n    {lines}\n  ]') + "\n", encoding="utf-8")
 
 
 def main():

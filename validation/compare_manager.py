@@ -25,6 +25,8 @@ import subprocess
 import sys
 import time
 
+from report_file import write
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BLOCK = 16
 MASK = (1 << 64) - 1
@@ -302,14 +304,6 @@ def compare(row, options):
     row["peers"] = {name: figure for name, figure in peers.items() if figure is not None}
     if not row["peers"]:
         del row["peers"]
-
-
-def write(report, path):
-    """One line per row, as `hybridkv bench` writes it."""
-    head = json.dumps(dict(report, rows=[]), indent=2)
-    lines = ",\n    ".join(json.dumps(made) for made in report["rows"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(head.replace('"rows": []', f'"rows": [\n    {lines}\n  ]') + "\n", encoding="utf-8")
 
 
 def main():

@@ -40,6 +40,8 @@ import zlib
 from array import array
 from dataclasses import dataclass
 
+from report_file import write
+
 IMPLEMENTATIONS = ["cuMemcpyBatchAsync", "kvbm", "sglang"]
 # Bytes of a side of the link, and of a move over it.
 SIDE = 1 << 30
@@ -374,13 +376,6 @@ def merge(report, results):
             line += f" {best:<20} {peers[best]:9.1f} {ratio:6.2f}x" + (" SLOWER" if ratio < 1 else "")
         table.append(line + ("  " + "; ".join(notes) if notes else ""))
     return table, slower
-
-
-def write(report, path):
-    """One line per row, as `hybridkv bench` writes it."""
-    head = json.dumps(dict(report, rows=[]), indent=2)
-    lines = ",\n    ".join(json.dumps(row) for row in report["rows"])
-    path.write_text(head.replace('"rows": []', f'"rows": [\n    {lines}\n  ]') + "\n", encoding="utf-8")
 
 
 def selected(report, only):

@@ -28,6 +28,8 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
+from report_file import write
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "python"))
 import hybridkv as hkv  # noqa: E402
@@ -636,10 +638,7 @@ def main():
     worst = {d: max((r.error.get("rel_fro", 0) for r in rows if f"/{d}" in r.case), default=0) for d in DTYPES}
     print(f"\n{len(rows)} cases, {failed} failed; worst relative error {worst}")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        head = json.dumps(report(bench), indent=2)
-        lines = ",\n    ".join(json.dumps(row.json()) for row in rows)
-        options.json.write_text(head.replace('"rows": []', f'"rows": [\n    {lines}\n  ]') + "\n")
+        write(dict(report(bench), rows=[row.json() for row in rows]), options.json)
     return 1 if failed or not rows else 0
 
 
