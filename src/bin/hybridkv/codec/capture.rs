@@ -72,7 +72,8 @@ impl Capture {
             .map_err(|what| Error::invalid(OP, format!("{}: {what}", path.display())))
     }
 
-    fn parse(bytes: &[u8]) -> Result<Self, String> {
+    /// Reads the bytes of a file; says what is wrong with them.
+    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
         let (length, rest) = bytes.split_first_chunk::<8>().ok_or("not a safetensors file")?;
         let length = usize::try_from(u64::from_le_bytes(*length)).unwrap_or(usize::MAX);
         let (header, data) = rest.split_at_checked(length).ok_or("truncated in its header")?;
