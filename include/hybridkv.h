@@ -304,10 +304,11 @@ typedef struct hkv_submit_args {
 } hkv_submit_args;
 
 // How a block of 16-bit elements is written into a slot: hkv_slot_bytes() of them, whatever the
-// block.
+// block, or, of lxe, at most.
 enum hkv_codec {
   HKV_CODEC_RAW = 0,         // "raw": as it is
   HKV_CODEC_LX4 = 1,         // "lx4": every bit of bf16, exponents in 4 bits
+  HKV_CODEC_LXE = 2,         // "lxe": likewise, in slots of different sizes; host functions only
   HKV_CODEC_FP8_TENSOR = 3,  // "fp8-tensor": e4m3, scale per layer
   HKV_CODEC_FP8_HEAD = 4,    // "fp8-head": e4m3, scale per head
   HKV_CODEC_FP8 = 5,         // "fp8": e4m3, scale per token and head
@@ -510,7 +511,8 @@ hkv_status hkv_codec_by_name(const char* name, uint32_t* codec);
 // Name of a codec, "int6"; "unknown codec" for a value that this library has none for.
 const char* hkv_codec_name(uint32_t codec);
 
-// Bytes of a slot, header included: the same for every block of this geometry.
+// Bytes of a slot, header included: the same for every block of this geometry; of lxe the most, and
+// the header says how many.
 hkv_status hkv_slot_bytes(uint32_t codec, const hkv_geometry* geometry, uint64_t* bytes);
 
 // Encodes a block of num_elements 16-bit elements into a slot of at least hkv_slot_bytes(), of

@@ -9,7 +9,7 @@
 //! of an element is at most `max(|x| / 16, scale / 1024)`.
 
 use super::pack::{section, sections, sections_mut};
-use super::{Arrays, Fallback, Format, Geometry, Header, ScalePer, round};
+use super::{Arrays, Fallback, Format, Geometry, Header, ScalePer, Written, round};
 use crate::e4m3;
 use crate::error::Result;
 
@@ -41,7 +41,7 @@ impl Format for Fp8 {
         geometry: &Geometry,
         block: &[u16],
         payload: &mut [u8],
-    ) -> Result<u32, Fallback> {
+    ) -> Result<Written, Fallback> {
         let dtype = geometry.dtype();
         round::require_finite(dtype, block)?;
         let span = self.span(geometry);
@@ -57,7 +57,7 @@ impl Format for Fp8 {
             e4m3::quantise(&values, scale, bytes);
             stored.copy_from_slice(&scale.to_le_bytes());
         }
-        Ok(0)
+        Ok(Written::default())
     }
 
     fn decode(&self, header: &Header, payload: &[u8], block: &mut [u16]) -> Result<(), String> {

@@ -20,7 +20,7 @@ use super::pack::{
     pack_high_pairs, pack_nibbles, sections, sections_mut, unpack_high_pairs, unpack_nibbles,
 };
 use super::rotate::rotate;
-use super::{Arrays, Fallback, Format, Geometry, Header, round};
+use super::{Arrays, Fallback, Format, Geometry, Header, Written, round};
 use crate::error::Result;
 use crate::layout::Dtype;
 
@@ -196,7 +196,7 @@ impl Format for Int {
         geometry: &Geometry,
         block: &[u16],
         payload: &mut [u8],
-    ) -> Result<u32, Fallback> {
+    ) -> Result<Written, Fallback> {
         let dtype = geometry.dtype();
         round::require_finite(dtype, block)?;
         let lengths = self.lengths(geometry);
@@ -225,7 +225,7 @@ impl Format for Int {
             plane.quantise(groups, &mut codes)?;
             self.pack(index, &codes, words, pairs);
         }
-        Ok(0)
+        Ok(Written::default())
     }
 
     fn decode(&self, header: &Header, payload: &[u8], block: &mut [u16]) -> Result<(), String> {

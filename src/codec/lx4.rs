@@ -15,21 +15,19 @@
 //! nibbles    [plane][token][dim]     0, or exponent + 15 - window, window of the channel
 //! ```
 //!
-//! Channels of K differ in magnitude, by a factor of 40 in models with biases, hence its offsets; those of V do
-//! not. An escape is found by a binary search of its plane's positions: elements decode in any order.
+//! An escape is found by a binary search of its plane's positions: elements decode in any order.
 //!
 //! Of the 5 exponent bits of f16 a window would save one in 16 and lose most of it to the lists, so f16 is not
 //! supported.
 
 use super::pack::{pack_nibbles, section, sections, sections_mut, unpack_nibbles};
-use super::{Arrays, Fallback, Format, Geometry, Header, OP};
+use super::window::{Windows, element_of, exponent, join, lowest};
+use super::{Arrays, Fallback, Format, Geometry, Header, OP, Written};
 use crate::error::{Error, Result};
 use crate::layout::Dtype;
 
 pub(super) struct Lx4;
 
-/// Codes of the window; code 0 marks escapes.
-const WINDOW: u8 = 15;
 /// One escape in so many elements has room.
 const ELEMENTS_PER_ESCAPE: usize = 768;
 
@@ -51,10 +49,6 @@ fn lengths(geometry: &Geometry) -> [usize; 7] {
     ]
 }
 
-fn exponent(element: u16) -> u8 {
-    (element >> 7) as u8
-}
-
 impl Format for Lx4 {
     fn arrays(&self, geometry: &Geometry) -> Result<Arrays> {
         match geometry.dtype() {
@@ -68,7 +62,7 @@ impl Format for Lx4 {
         geometry: &Geometry,
         block: &[u16],
         payload: &mut [u8],
-    ) -> Result<u32, Fallback> {
+    ) -> Result<Written, Fallback> {
         let (dim, plane_elements) = (geometry.head_dim(), geometry.plane_elements());
         let capacity = capacity(geometry);
         let [bases, ends, offsets, positions, exponents, bytes, nibbles] =
@@ -80,44 +74,28 @@ impl Format for Lx4 {
         let mut codes = vec![0; plane_elements];
         let mut escapes = 0;
         for (index, plane) in block.chunks_exact(plane_elements).enumerate() {
-            let mut windows = vec![0; dim];
-            for row in plane.chunks_exact(dim) {
-                for (window, element) in windows.iter_mut().zip(row) {
-                    *window = exponent(*element).max(*window);
-                }
-            }
-            let base = windows.iter().copied().max().unwrap_or(0);
-            bases[index] = base;
+            let windows = Windows::of(plane, dim, geometry.is_key(index));
+            bases[index] = windows.base;
             if geometry.is_key(index) {
-                let below: Vec<u8> = windows.iter().map(|top| (base - top).min(15)).collect();
                 let row = geometry.index_in_kind(index) * dim / 2;
-                pack_nibbles(&below, &mut offsets[row..row + dim / 2]);
-                windows.iter_mut().zip(below).for_each(|(window, below)| *window = base - below);
-            } else {
-                windows.fill(base);
+                pack_nibbles(&windows.below, &mut offsets[row..row + dim / 2]);
             }
-
             let first = index * plane_elements;
-            for (position, &element) in plane.iter().enumerate() {
-                bytes[first + position] = (element >> 8) as u8 & 0x80 | element as u8 & 0x7f;
-                let below = windows[position % dim] - exponent(element);
-                codes[position] = WINDOW.saturating_sub(below);
-                if below >= WINDOW {
-                    if escapes < capacity {
-                        positions[2 * escapes..][..2]
-                            .copy_from_slice(&(position as u16).to_le_bytes());
-                        exponents[escapes] = exponent(element);
-                    }
-                    escapes += 1;
-                }
-            }
+            windows.split(plane, &mut codes, &mut bytes[first..first + plane_elements]);
             pack_nibbles(&codes, &mut nibbles[first / 2..][..plane_elements / 2]);
+            for (position, _) in codes.iter().enumerate().filter(|(_, code)| **code == 0) {
+                if escapes < capacity {
+                    positions[2 * escapes..][..2].copy_from_slice(&(position as u16).to_le_bytes());
+                    exponents[escapes] = exponent(plane[position]);
+                }
+                escapes += 1;
+            }
             ends[2 * index..][..2].copy_from_slice(&(escapes.min(capacity) as u16).to_le_bytes());
         }
         if escapes > capacity {
             return Err(Fallback::Escapes { needed: escapes, capacity });
         }
-        Ok(escapes as u32)
+        Ok(Written { unused: 0, escapes: escapes as u32 })
     }
 
     fn decode(&self, header: &Header, payload: &[u8], block: &mut [u16]) -> Result<(), String> {
@@ -125,36 +103,23 @@ impl Format for Lx4 {
         let (dim, plane_elements) = (geometry.head_dim(), geometry.plane_elements());
         let slot = Slot::new(header, payload)?;
         let mut codes = vec![0; plane_elements];
-        let mut offsets = vec![0; dim];
+        let mut windows = vec![0; dim];
         for (index, plane) in block.chunks_exact_mut(plane_elements).enumerate() {
             slot.codes(index, &mut codes);
-            offsets.fill(0);
+            windows.fill(0);
             if geometry.is_key(index) {
                 let row = geometry.index_in_kind(index) * dim / 2;
-                unpack_nibbles(&slot.offsets[row..row + dim / 2], &mut offsets);
+                unpack_nibbles(&slot.offsets[row..row + dim / 2], &mut windows);
             }
-            // Of the exponent with code 0, modulo 2^8 as everything here: encoders write none below 0.
-            let lowest = slot.bases[index].wrapping_sub(WINDOW);
+            windows.iter_mut().for_each(|window| *window = lowest(slot.bases[index], *window));
             let bytes = &slot.bytes[index * plane_elements..][..plane_elements];
-            let rows = plane.chunks_exact_mut(dim).zip(bytes.chunks_exact(dim));
-            for ((row, bytes), codes) in rows.zip(codes.chunks_exact(dim)) {
-                for (((element, byte), code), below) in
-                    row.iter_mut().zip(bytes).zip(codes).zip(&offsets)
-                {
-                    *element = join(*byte, lowest.wrapping_sub(*below).wrapping_add(*code));
-                }
-            }
+            join(&windows, &codes, bytes, plane);
             for (position, exponent) in slot.escapes(index) {
-                plane[position] = join(bytes[position], exponent);
+                plane[position] = element_of(bytes[position], exponent);
             }
         }
         Ok(())
     }
-}
-
-/// The element of this sign and mantissa, and this exponent.
-fn join(byte: u8, exponent: u8) -> u16 {
-    u16::from(byte & 0x80) << 8 | u16::from(exponent) << 7 | u16::from(byte & 0x7f)
 }
 
 /// The sections of a payload whose list names exactly the elements of code 0.

@@ -1,7 +1,7 @@
 //! Codecs of blocks that leave the device: what a block costs in a slower tier, and what it loses there.
 //!
 //! A block of 16-bit keys and values becomes a *slot*: a header, then a payload whose size is fixed by geometry
-//! and codec, so that slots never grow and never fragment. A block that a codec cannot hold is refused with a
+//! and codec, so that slots never grow and never fragment (`lxe`, for storage: a payload of at most that size). A block that a codec cannot hold is refused with a
 //! [`Fallback`] and stored raw instead. Slots stand alone: whatever decoding needs besides the geometry is in
 //! them, and their bytes depend on the block only, on the CPU as on a GPU (kernels/encode.cu).
 //!
@@ -9,6 +9,7 @@
 //! |---|---|---|
 //! | `raw` | every bit | 16 |
 //! | `lx4` | every bit of bf16; exponents in 4 bits, the few others on a list | 12.2 |
+//! | `lxe` | likewise, exponents in prefix codes: slots of different sizes, for storage | 10.7 on average |
 //! | `fp8` | e4m3 with a scale per token and head (`fp8-head`, `fp8-tensor`: coarser) | 8.25 |
 //! | `int8`, `int6`, `int4` | K quantised per channel, V per token (`int4`: rotated) | 9.1, 7.1, 5.1 |
 //!
@@ -31,10 +32,12 @@ mod hash;
 mod header;
 mod int;
 mod lx4;
+mod lxe;
 mod pack;
 mod raw;
 mod rotate;
 mod round;
+mod window;
 
 #[cfg(test)]
 mod tests;
@@ -67,6 +70,8 @@ pub enum Codec {
     Raw,
     /// Every bit of bf16 elements, with exponents in 4 bits.
     Lx4,
+    /// Every bit of bf16 elements, with exponents in prefix codes: as few bytes as there may be. On the CPU only.
+    Lxe,
     /// 8-bit floats, e4m3.
     Fp8(ScalePer),
     /// 8-bit integers, K per channel, V per token.
@@ -79,9 +84,10 @@ pub enum Codec {
 
 impl Codec {
     /// Every codec.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Raw,
         Self::Lx4,
+        Self::Lxe,
         Self::Fp8(ScalePer::Tensor),
         Self::Fp8(ScalePer::Head),
         Self::Fp8(ScalePer::Token),
@@ -95,6 +101,7 @@ impl Codec {
         match self {
             Self::Raw => "raw",
             Self::Lx4 => "lx4",
+            Self::Lxe => "lxe",
             Self::Fp8(ScalePer::Tensor) => "fp8-tensor",
             Self::Fp8(ScalePer::Head) => "fp8-head",
             Self::Fp8(ScalePer::Token) => "fp8",
@@ -116,7 +123,12 @@ impl Codec {
 
     /// Whether decoding gives back every bit.
     pub const fn is_exact(self) -> bool {
-        matches!(self, Self::Raw | Self::Lx4)
+        matches!(self, Self::Raw | Self::Lx4 | Self::Lxe)
+    }
+
+    /// Whether [`Kernels`](crate::ops::Kernels) encode and decode it: all do but `lxe`.
+    pub const fn runs_on_device(self) -> bool {
+        !matches!(self, Self::Lxe)
     }
 
     /// The number that stands for the codec in headers and kernel parameters.
@@ -124,7 +136,7 @@ impl Codec {
         match self {
             Self::Raw => 0,
             Self::Lx4 => 1,
-            // 2 is lx4 with entropy-coded exponents.
+            Self::Lxe => 2,
             Self::Fp8(ScalePer::Tensor) => 3,
             Self::Fp8(ScalePer::Head) => 4,
             Self::Fp8(ScalePer::Token) => 5,
@@ -143,6 +155,7 @@ impl Codec {
         match self {
             Self::Raw => &raw::Raw,
             Self::Lx4 => &lx4::Lx4,
+            Self::Lxe => &lxe::Lxe,
             Self::Fp8(ScalePer::Tensor) => &fp8::Fp8(ScalePer::Tensor),
             Self::Fp8(ScalePer::Head) => &fp8::Fp8(ScalePer::Head),
             Self::Fp8(ScalePer::Token) => &fp8::Fp8(ScalePer::Token),
@@ -152,7 +165,8 @@ impl Codec {
         }
     }
 
-    /// Bytes of a slot: of every block of this geometry.
+    /// Bytes of a slot: of every block of this geometry. Of `lxe` they are the most; a slot's header says how many
+    /// it has.
     ///
     /// # Errors
     /// `Unsupported` for an element type that the codec gains nothing on.
@@ -206,19 +220,19 @@ impl Codec {
         let (head, payload) = slot.split_at_mut(Header::BYTES);
         let (padding, payload) = payload.split_at_mut(self.format().arrays(geometry)?.padding());
         padding.fill(0);
-        let escapes = match self.format().encode(geometry, block, payload) {
-            Ok(escapes) => escapes,
+        let Written { unused, escapes } = match self.format().encode(geometry, block, payload) {
+            Ok(written) => written,
             Err(fallback) => {
                 head.fill(0);
                 return Ok(Encoded::RawFallback(fallback));
             }
         };
-        let header =
-            Header { codec: self, geometry: *geometry, bytes: bytes as u32, escapes, hash: 0 };
+        let bytes = (bytes - unused) as u32;
+        let header = Header { codec: self, geometry: *geometry, bytes, escapes, hash: 0 };
         head.copy_from_slice(&header.to_bytes());
-        let hash = content_hash(slot);
+        let hash = content_hash(&slot[..bytes as usize]);
         slot[..Header::BYTES].copy_from_slice(&Header { hash, ..header }.to_bytes());
-        Ok(Encoded::Fits { hash, escapes })
+        Ok(Encoded::Fits { bytes, hash, escapes })
     }
 }
 
@@ -234,9 +248,11 @@ impl fmt::Display for Codec {
 pub enum Encoded {
     /// The slot holds the block.
     Fits {
+        /// Bytes of the slot that it takes: all of them, but of `lxe`.
+        bytes: u32,
         /// Its content hash, which its header has too.
         hash: u64,
-        /// Elements on the list of those that do not follow the others (`lx4`, else 0).
+        /// Elements on the list of those that do not follow the others (`lx4` and `lxe`, else 0).
         escapes: u32,
     },
     /// The slot holds nothing: store the block raw.
@@ -253,6 +269,13 @@ pub enum Fallback {
         /// How many a slot lists.
         capacity: usize,
     },
+    /// More bytes of prefix codes than a slot has room for.
+    Streams {
+        /// How many.
+        needed: usize,
+        /// How many a slot has room for.
+        capacity: usize,
+    },
     /// An element is NaN or infinite, or the scales would be: no lossy codec says what becomes of it.
     NotFinite,
 }
@@ -262,6 +285,9 @@ impl fmt::Display for Fallback {
         match self {
             Self::Escapes { needed, capacity } => {
                 write!(f, "{needed} escapes, the slot lists {capacity}")
+            }
+            Self::Streams { needed, capacity } => {
+                write!(f, "{needed} bytes of prefix codes, the slot has {capacity}")
             }
             Self::NotFinite => f.write_str("elements or scales that are not finite"),
         }
@@ -293,10 +319,12 @@ pub fn verify(geometry: &Geometry, slot: &[u8]) -> Result<Header> {
     if header.geometry != *geometry {
         return Err(corrupt(format!("a slot of {}, not of {geometry}", header.geometry)));
     }
-    let needed = header.codec.slot_bytes(geometry).map_err(|error| corrupt(error.to_string()))?;
-    if header.bytes as usize != needed {
-        let (codec, given) = (header.codec, header.bytes);
-        return Err(corrupt(format!("a slot of {given} bytes, {codec} has {needed}")));
+    let most = header.codec.slot_bytes(geometry).map_err(|error| corrupt(error.to_string()))?;
+    let least = most - header.codec.format().variable_bytes(geometry);
+    let needed = header.bytes as usize;
+    if !(least..=most).contains(&needed) {
+        let codec = header.codec;
+        return Err(corrupt(format!("a slot of {needed} bytes, {codec} has {least} to {most}")));
     }
     let Some(slot) = slot.get(..needed) else {
         return Err(corrupt(format!("truncated to {} of {needed} bytes", slot.len())));
@@ -362,17 +390,30 @@ pub(crate) struct SlotLayout {
     pub scale_planes: u32,
 }
 
+/// What there is to say of a payload that has been written.
+#[derive(Default)]
+struct Written {
+    /// Bytes at the end that are not part of it, a multiple of 8.
+    unused: usize,
+    escapes: u32,
+}
+
 /// One codec's payload. Slices have the lengths that geometry and [`Format::arrays`] give them.
 trait Format {
     fn arrays(&self, geometry: &Geometry) -> Result<Arrays>;
 
-    /// Writes every byte of the payload; returns how many escapes there are.
+    /// How many bytes at the end of a payload it may lack.
+    fn variable_bytes(&self, _geometry: &Geometry) -> usize {
+        0
+    }
+
+    /// Writes every byte of the payload that it uses.
     fn encode(
         &self,
         geometry: &Geometry,
         block: &[u16],
         payload: &mut [u8],
-    ) -> Result<u32, Fallback>;
+    ) -> Result<Written, Fallback>;
 
     /// Writes every element of the block, or, for a payload that no encoder writes, none.
     fn decode(&self, header: &Header, payload: &[u8], block: &mut [u16]) -> Result<(), String>;

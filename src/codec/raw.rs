@@ -1,6 +1,6 @@
 //! `raw`: the elements as they are. Holds every block.
 
-use super::{Arrays, Fallback, Format, Geometry, Header};
+use super::{Arrays, Fallback, Format, Geometry, Header, Written};
 use crate::error::Result;
 
 pub(super) struct Raw;
@@ -10,11 +10,11 @@ impl Format for Raw {
         Ok(Arrays::new([geometry.raw_bytes()], 0))
     }
 
-    fn encode(&self, _: &Geometry, block: &[u16], payload: &mut [u8]) -> Result<u32, Fallback> {
+    fn encode(&self, _: &Geometry, block: &[u16], payload: &mut [u8]) -> Result<Written, Fallback> {
         for (bytes, element) in payload.chunks_exact_mut(2).zip(block) {
             bytes.copy_from_slice(&element.to_le_bytes());
         }
-        Ok(0)
+        Ok(Written::default())
     }
 
     fn decode(&self, _: &Header, payload: &[u8], block: &mut [u16]) -> Result<(), String> {

@@ -15,7 +15,8 @@ fn small(dtype: Dtype) -> Geometry {
 }
 
 fn codecs_of(dtype: Dtype) -> impl Iterator<Item = Codec> {
-    Codec::ALL.into_iter().filter(move |codec| *codec != Codec::Lx4 || dtype == Dtype::Bf16)
+    let exponents = |codec| matches!(codec, Codec::Lx4 | Codec::Lxe);
+    Codec::ALL.into_iter().filter(move |codec| !exponents(*codec) || dtype == Dtype::Bf16)
 }
 
 /// Normal deviates enough for tests: the sum of uniform ones, in channels of different magnitude and offset.
@@ -41,6 +42,10 @@ fn encode(codec: Codec, geometry: &Geometry, block: &[u16]) -> (Vec<u8>, Encoded
     // What a slot held before must not show.
     let mut slot = vec![0xa5; codec.slot_bytes(geometry).unwrap()];
     let encoded = codec.encode(geometry, block, &mut slot).unwrap();
+    if let Encoded::Fits { bytes, .. } = encoded {
+        assert!(slot[bytes as usize..].iter().all(|byte| *byte == 0xa5), "{codec}: written behind");
+        slot.truncate(bytes as usize);
+    }
     (slot, encoded)
 }
 
@@ -84,13 +89,15 @@ proptest! {
         }
         let (slot, _) = encode(Codec::Raw, &geometry, &block);
         prop_assert_eq!(&decoded(&geometry, &slot), &block);
-        let (slot, encoded) = encode(Codec::Lx4, &geometry, &block);
-        if matches!(encoded, Encoded::Fits { .. }) {
-            prop_assert_eq!(&decoded(&geometry, &slot), &block);
+        for codec in [Codec::Lx4, Codec::Lxe] {
+            let (slot, encoded) = encode(codec, &geometry, &block);
+            if matches!(encoded, Encoded::Fits { .. }) {
+                prop_assert_eq!(&decoded(&geometry, &slot), &block);
+            }
+            // A dozen odd elements fit the list, unless one of them moves a window.
+            let ordinary = bits.iter().all(|b| b >> 7 & 0xff <= 0x80);
+            prop_assert!(!ordinary || matches!(encoded, Encoded::Fits { .. }), "{:?}", encoded);
         }
-        // A dozen odd elements fit the list, unless one of them moves a window.
-        let ordinary = bits.iter().all(|b| b >> 7 & 0xff <= 0x80);
-        prop_assert!(!ordinary || matches!(encoded, Encoded::Fits { .. }), "{:?}", encoded);
     }
 
     #[test]
@@ -98,7 +105,7 @@ proptest! {
         let block = keys_and_values(&geometry, seed, false);
         for codec in codecs_of(geometry.dtype()) {
             let (slot, encoded) = encode(codec, &geometry, &block);
-            let mut other = vec![0x3c; slot.len() + 100];
+            let mut other = vec![0x3c; codec.slot_bytes(&geometry).unwrap() + 100];
             prop_assert_eq!(codec.encode(&geometry, &block, &mut other).unwrap(), encoded);
             prop_assert_eq!(&slot[..], &other[..slot.len()]);
             prop_assert!(other[slot.len()..].iter().all(|x| *x == 0x3c));
@@ -132,8 +139,10 @@ proptest! {
                 // The step is rounded up, the result to the elements' type.
                 let relative = if dtype == Dtype::F16 { 1.0 / 1024.0 } else { 1.0 / 128.0 };
                 let step = (largest - least) / levels * (1.0 + relative);
-                let bound = 0.5001 * step + relative / 2.0 * values[i].abs().max(step) + 1e-7;
-                let error = (round::to_f32(dtype, bits) - values[i]).abs();
+                let restored = round::to_f32(dtype, bits);
+                let size = values[i].abs().max(restored.abs()).max(step);
+                let bound = 0.5001 * step + relative / 2.0 * size + 1e-7;
+                let error = (restored - values[i]).abs();
                 prop_assert!(error <= bound, "{codec} {geometry} {i}: {error} > {bound}");
             }
         }
@@ -191,7 +200,7 @@ proptest! {
 }
 
 #[test]
-fn all_16_bit_patterns_survive_lx4() {
+fn all_16_bit_patterns_survive_lx4_and_lxe() {
     // A channel each of one exponent and its neighbours: 128 patterns of sign and mantissa, all exponents.
     let geometry = geometry(1, 128, 16, 128, Dtype::Bf16);
     let plane = geometry.plane_elements();
@@ -204,9 +213,60 @@ fn all_16_bit_patterns_survive_lx4() {
     let mut seen = vec![false; 1 << 16];
     block.iter().for_each(|x| seen[usize::from(*x)] = true);
     assert!(seen.iter().all(|seen| *seen));
-    let (slot, encoded) = encode(Codec::Lx4, &geometry, &block);
-    assert!(matches!(encoded, Encoded::Fits { escapes: 0, .. }), "{encoded:?}");
+    for codec in [Codec::Lx4, Codec::Lxe] {
+        let (slot, encoded) = encode(codec, &geometry, &block);
+        assert!(matches!(encoded, Encoded::Fits { escapes: 0, .. }), "{encoded:?}");
+        assert_eq!(decoded(&geometry, &slot), block);
+    }
+}
+
+/// Every exponent a window below the largest, so that all but one row are escapes.
+#[test]
+fn lxe_lists_as_many_escapes_as_there_are_and_refuses_what_would_not_shrink() {
+    let geometry = geometry(1, 3, 32, 16, Dtype::Bf16);
+    let plane = geometry.plane_elements();
+    // In some planes only, at the beginning, in the middle, at the end; the rest is of one exponent.
+    let mut block: Vec<u16> = (0..geometry.elements()).map(|i| 0x3f80 | i as u16 & 0x7f).collect();
+    for (n, i) in (0..plane / 2).map(|n| (n, 7 * n % plane)) {
+        block[i] = n as u16 & 0x7f;
+        block[3 * plane + i] = 0x8000 | (n as u16) << 7 & 0x1fff;
+    }
+    block[6 * plane - 1] = 0;
+    let (slot, encoded) = encode(Codec::Lxe, &geometry, &block);
+    let Encoded::Fits { escapes, .. } = encoded else { panic!("{encoded:?}") };
+    assert!(escapes as usize > plane / 2, "{escapes}");
     assert_eq!(decoded(&geometry, &slot), block);
+    // Any bits.
+    let mut state = 9u32;
+    block.iter_mut().for_each(|element| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        *element = (state >> 16) as u16;
+    });
+    let (slot, encoded) = encode(Codec::Lxe, &geometry, &block);
+    let Encoded::RawFallback(Fallback::Streams { needed, capacity }) = encoded else {
+        panic!("{encoded:?}")
+    };
+    assert!(needed > capacity && capacity == geometry.elements() / 2);
+    refused(&geometry, &slot);
+}
+
+/// One to nine planes of K and of V: lanes that are full, and lanes that are left over.
+#[test]
+fn lxe_keeps_planes_apart() {
+    for (layers, heads) in [(1, 1), (1, 3), (2, 2), (5, 1), (3, 3)] {
+        for dim in [16, 80, 256] {
+            let geometry = geometry(layers, heads, dim, 8, Dtype::Bf16);
+            let mut block = keys_and_values(&geometry, u64::from(dim), true);
+            // Planes of different magnitude, a few of zeros.
+            for (plane, elements) in block.chunks_exact_mut(geometry.plane_elements()).enumerate() {
+                let scale = |x: u16| x.saturating_sub((plane as u16 % 5) << 9);
+                elements.iter_mut().for_each(|x| *x = if plane % 7 == 3 { 0 } else { scale(*x) });
+            }
+            let (slot, encoded) = encode(Codec::Lxe, &geometry, &block);
+            assert!(matches!(encoded, Encoded::Fits { .. }), "{geometry}: {encoded:?}");
+            assert_eq!(decoded(&geometry, &slot), block, "{geometry}");
+        }
+    }
 }
 
 #[test]
@@ -341,6 +401,7 @@ fn what_no_slot_can_be_is_refused() {
     let f16 = small(Dtype::F16);
     assert!(Codec::Lx4.slot_bytes(&f16).is_err());
     assert!(Codec::Lx4.encode(&f16, &vec![0; f16.elements()], &mut [0; 4096]).is_err());
+    assert!(Codec::Lxe.slot_bytes(&f16).is_err());
     for codec in codecs_of(Dtype::F16) {
         let bytes = codec.slot_bytes(&f16).unwrap();
         let block = vec![0; f16.elements()];
@@ -360,6 +421,7 @@ fn slots_have_the_sizes_that_the_documentation_gives() {
     for (codec, expected) in [
         (Codec::Raw, 16.0),
         (Codec::Lx4, 12.2),
+        (Codec::Lxe, 12.0),
         (Codec::Fp8(ScalePer::Token), 8.25),
         (Codec::Fp8(ScalePer::Head), 8.0),
         (Codec::Fp8(ScalePer::Tensor), 8.0),

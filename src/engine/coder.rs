@@ -193,7 +193,8 @@ impl Coder {
 /// arithmetic, quantising takes 16.
 fn link_quota(codec: Codec) -> CtaQuota {
     match codec {
-        Codec::Raw | Codec::Lx4 | Codec::Fp8(_) => CtaQuota::at_most(8),
+        // No kernel runs for lxe.
+        Codec::Raw | Codec::Lx4 | Codec::Lxe | Codec::Fp8(_) => CtaQuota::at_most(8),
         Codec::Int8 | Codec::Int6 | Codec::Int4 => CtaQuota::at_most(16),
     }
 }

@@ -56,6 +56,7 @@ extern "C" fn hkv_codec_name(codec: u32) -> *const c_char {
     let name = match codec {
         HKV_CODEC_RAW => c"raw",
         HKV_CODEC_LX4 => c"lx4",
+        HKV_CODEC_LXE => c"lxe",
         HKV_CODEC_FP8_TENSOR => c"fp8-tensor",
         HKV_CODEC_FP8_HEAD => c"fp8-head",
         HKV_CODEC_FP8 => c"fp8",

@@ -63,17 +63,24 @@ impl Direction {
         })
     }
 
-    fn kernel(&self, codec: Codec, dtype: Dtype) -> &Kernel {
+    fn kernel(&self, codec: Codec, dtype: Dtype) -> Result<&Kernel> {
         let of = usize::from(dtype == Dtype::F16);
-        match codec {
+        Ok(match codec {
             Codec::Raw => &self.raw,
             Codec::Lx4 => &self.lx4,
             Codec::Fp8(_) => &self.fp8[of],
             Codec::Int8 => &self.int8[of],
             Codec::Int6 => &self.int6[of],
             Codec::Int4 => &self.int4[of],
-        }
+            Codec::Lxe => return Err(without_kernels(codec)),
+        })
     }
+}
+
+fn without_kernels(codec: Codec) -> Error {
+    let others = Codec::ALL.into_iter().filter(|codec| codec.runs_on_device());
+    let others: Vec<&str> = others.map(Codec::name).collect();
+    Error::unsupported(OP, "a kernel for", codec, others.join(", "))
 }
 
 pub(super) struct Loaded {
@@ -138,12 +145,13 @@ impl Kernels {
             return Ok(());
         }
         let geometry = args.check()?;
+        let direction = if decodes { &self.codec.decode } else { &self.codec.encode };
+        let kernel = direction.kernel(args.codec, geometry.dtype())?;
         let slot = args.codec.slot_layout(&geometry)?;
         if self.checked {
             // SAFETY: the caller's promise about the rows.
             unsafe { checks::codec(args, u64::from(slot.bytes), decodes, stream)? };
         }
-        let direction = if decodes { &self.codec.decode } else { &self.codec.encode };
         let shared = shared_bytes(&slot, decodes)?;
         let most = self.device.info().multiprocessors;
         let ctas = u64::from(args.quota.resolve(most)).min(args.num_blocks) as u32;
@@ -154,7 +162,6 @@ impl Kernels {
         let on_cpu = move |params: &_| unsafe {
             if decodes { decode_on_cpu(params) } else { encode_on_cpu(params) }
         };
-        let kernel = direction.kernel(args.codec, geometry.dtype());
         // SAFETY: the parameters are those of the kernel; memory is the caller's promise.
         unsafe { self.launch(kernel, config, &params, stream, on_cpu) }
     }
@@ -165,6 +172,9 @@ impl Kernels {
 /// # Errors
 /// `Unsupported` for those that they have not, and for elements that the codec gains nothing on.
 pub(crate) fn check_codec_tables(codec: Codec, geometry: &Geometry) -> Result<()> {
+    if !codec.runs_on_device() {
+        return Err(without_kernels(codec));
+    }
     let slot = codec.slot_layout(geometry)?;
     [false, true].into_iter().try_for_each(|decodes| shared_bytes(&slot, decodes).map(drop))
 }
@@ -292,10 +302,12 @@ impl Work {
 impl From<Encoded> for hkv_slot_result {
     fn from(encoded: Encoded) -> Self {
         let (hash, escapes, status) = match encoded {
-            Encoded::Fits { hash, escapes } => (hash, escapes, HKV_SLOT_OK),
+            Encoded::Fits { hash, escapes, .. } => (hash, escapes, HKV_SLOT_OK),
             Encoded::RawFallback(Fallback::Escapes { needed, .. }) => {
                 (0, needed as u32, HKV_SLOT_ESCAPES)
             }
+            // Exponents for which the slot has no room, here too.
+            Encoded::RawFallback(Fallback::Streams { .. }) => (0, 0, HKV_SLOT_ESCAPES),
             Encoded::RawFallback(Fallback::NotFinite) => (0, 0, HKV_SLOT_NOT_FINITE),
         };
         Self { hash, escapes, status: status as i32 }
@@ -392,6 +404,7 @@ mod tests {
         let huge = KvShape { num_kv_heads: 128, head_dim: 256, dtype: Dtype::Bf16 };
         let huge_bytes = 128 * huge.token_bytes() as u64;
         for (args, words) in [
+            (CodecArgs { codec: Codec::Lxe, ..good }, "a kernel for lxe is not supported"),
             (CodecArgs { first_layer_slot: 1, ..good }, "layer slots 1..4"),
             (CodecArgs { num_layers: 0, ..good }, "at least one layer"),
             (CodecArgs { blocks: Span::new(4096, 31), ..good }, "the rows"),

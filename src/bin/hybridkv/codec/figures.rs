@@ -22,9 +22,9 @@ pub struct Figures {
     /// Elements outside of their windows, of all.
     pub escapes: usize,
     pub elements: usize,
-    /// Of a slot, headers and scales included.
+    /// Of those stored, headers and scales included, with fallbacks raw.
     pub bits_per_element: f64,
-    /// Bytes of a block over those of a slot.
+    /// Bytes of a block over the most that a slot has.
     pub slot_ratio: f64,
     /// Bytes of all blocks over those stored, with fallbacks raw.
     pub mean_ratio: f64,
@@ -52,7 +52,8 @@ impl Figures {
         let mut slot = vec![0; codec.slot_bytes(geometry)?];
         let mut back = vec![0; geometry.elements()];
         let blocks = capture.tokens / geometry.block_size();
-        let (mut fallbacks, mut escaped) = (0, 0);
+        let raw = geometry.raw_bytes();
+        let (mut fallbacks, mut escaped, mut stored) = (0, 0, 0);
         let (mut encoding, mut decoding) = (0.0, 0.0);
         for index in 0..blocks {
             let block = gather(capture, geometry, index);
@@ -60,9 +61,13 @@ impl Figures {
             let encoded = codec.encode(geometry, &block, &mut slot)?;
             encoding += start.elapsed().as_secs_f64();
             match encoded {
-                Encoded::Fits { escapes, .. } => escaped += escapes as usize,
+                Encoded::Fits { bytes, escapes, .. } => {
+                    escaped += escapes as usize;
+                    stored += bytes as usize;
+                }
                 Encoded::RawFallback(_) => {
                     fallbacks += 1;
+                    stored += raw;
                     continue;
                 }
             }
@@ -71,9 +76,7 @@ impl Figures {
             decoding += start.elapsed().as_secs_f64();
             scatter(&mut restored, geometry, index, &back);
         }
-        let raw = geometry.raw_bytes();
         let held = blocks - fallbacks;
-        let stored = held * slot.len() + fallbacks * raw;
         let rate = |blocks: usize, seconds: f64| (blocks * raw) as f64 / seconds.max(1e-9) / 1e9;
         let pairs = || capture.layers.iter().zip(&restored.layers);
         let equal = |part: fn(&Layer) -> &Tensor| {
@@ -86,7 +89,7 @@ impl Figures {
             fallbacks,
             escapes: escaped,
             elements: held * geometry.elements(),
-            bits_per_element: 8.0 * slot.len() as f64 / geometry.elements() as f64,
+            bits_per_element: 8.0 * stored as f64 / (blocks.max(1) * geometry.elements()) as f64,
             slot_ratio: raw as f64 / slot.len() as f64,
             mean_ratio: (blocks * raw) as f64 / stored as f64,
             exact: equal(|layer| &layer.k) && equal(|layer| &layer.v),
