@@ -271,6 +271,54 @@ fn staged_blocks_wait_for_their_slots() {
     }
 }
 
+/// A move that fails when some of its blocks are on their way through the ring leaves nothing but what its caller's stream
+/// has: once that has been waited for the memory is the caller's again.
+#[test]
+fn a_failed_move_leaves_nothing_beside_its_stream() {
+    let rows = BlockRows { layers: 8, parts: 2, heads: 1, tokens: 16, row_bytes: 256 };
+    let block = rows.bytes().unwrap() as u64;
+    let blocks = (2 * (8 << 20) / block) + 1;
+    let (near, bytes, near_blocks) = pool(rows, 2, blocks);
+    let (far, _, far_blocks) = pool(rows, 0, blocks);
+    let down = BlockMove::between(&near, &far, &BlockPart::whole(rows)).unwrap();
+    for seed in 0..8 {
+        let device = Device::cpu_deferred(seed);
+        let kernels = Arc::new(Kernels::load(&device).unwrap().checked());
+        let model = Arc::new(model(1000.0, 0.001, 0.001));
+        let mut mover = Mover::new(&kernels, &model, 64).with_staging().unwrap();
+        let memory = device.upload(&noise(bytes, 5)).unwrap();
+        let mut host = device.alloc_pinned(bytes).unwrap();
+        let stores = |to: &PinnedBuffer| -> Vec<hkv_copy> {
+            let ids = (0..blocks as usize).map(|i| i * 7 % blocks as usize);
+            ids.map(|id| {
+                down.block(memory.address() + near_blocks[id], to.address() + far_blocks[id])
+            })
+            .collect()
+        };
+        let mut failing = stores(&host);
+        // The only block of the last slot is not where a block may be.
+        let last = failing.last_mut().unwrap();
+        last.src = (last.src as u64 + 8) as *const _;
+        let other = device.alloc_pinned(bytes).unwrap();
+        let tables = [table(&device, &failing), table(&device, &stores(&other))];
+        let stream = device.stream().unwrap();
+        let stream = stream.as_ref();
+        let traffic = Traffic { way: Way::DeviceToHost, both_ways: true };
+        // SAFETY: all memory lives until the stream is synchronised; blocks are distinct.
+        let mut submit = |table: &PinnedBuffer| unsafe {
+            mover.submit(table.span(), blocks as usize, &down.shape, traffic, stream)
+        };
+        let error = submit(&tables[0]).unwrap_err();
+        assert!(error.to_string().contains("multiple"), "{error}");
+        stream.synchronize().unwrap();
+        host.as_mut_slice().fill(0x77);
+        // The next move comes behind whatever the first one left on other streams.
+        submit(&tables[1]).unwrap();
+        stream.synchronize().unwrap();
+        assert!(host.as_slice().iter().all(|&byte| byte == 0x77), "seed {seed}");
+    }
+}
+
 /// Plans of 10,000 blocks, scattered or in runs, with and without rows.
 #[test]
 fn a_warm_planner_allocates_nothing() {

@@ -87,7 +87,8 @@ impl Mover {
     /// it.
     ///
     /// # Errors
-    /// The table is misaligned or too short; the driver's own, after which part of the move may be under way.
+    /// The table is misaligned or too short; the driver's own, after which part of the move may be under way on `stream`,
+    /// and on no other one.
     ///
     /// # Safety
     /// As for [`Kernels::move_blocks`]; nobody else reads or writes the table until `stream` has passed the move. Moves of
@@ -138,9 +139,15 @@ impl Mover {
                 };
                 let way = traffic.way;
                 // SAFETY: as above.
-                unsafe {
+                let staged = unsafe {
                     self.stage(&mut copies[..count], at, block_bytes, ctas, shape, way, stream)
+                };
+                if let (Err(_), Some(ring)) = (&staged, &self.staging) {
+                    // What it has on the ring's stream was not joined into the caller's. Of two errors the first says
+                    // more.
+                    let _ = ring.side.as_ref().synchronize();
                 }
+                staged
             }
         }
     }
