@@ -536,7 +536,7 @@ def encode_slot(codec, geometry, block, slot):
     slot holds the block only if its status is SLOT_OK."""
     result = SlotResult()
     _call(
-        "hkv_slot_encode", c_uint32(_codec(codec)), byref(geometry), *_whole(block, item=2), *_whole(slot),
+        "hkv_slot_encode", c_uint32(_codec(codec)), byref(geometry), *_source(block, item=2), *_whole(slot),
         byref(result),
     )
     return result
@@ -545,22 +545,29 @@ def encode_slot(codec, geometry, block, slot):
 def decode_slot(geometry, slot, block):
     """Decodes a slot of any codec into a block, once all of it has been verified. Gives its `SlotHeader`."""
     header = SlotHeader()
-    _call("hkv_slot_decode", byref(geometry), *_whole(slot), *_whole(block, item=2), byref(header))
+    _call("hkv_slot_decode", byref(geometry), *_source(slot), *_whole(block, item=2), byref(header))
     return header
 
 
 def inspect_slot(slot):
     """The `SlotHeader` at the beginning of a slot; the rest is not looked at."""
     header = SlotHeader()
-    _call("hkv_slot_inspect", *_whole(slot), byref(header))
+    _call("hkv_slot_inspect", *_source(slot), byref(header))
     return header
 
 
 def verify_slot(geometry, slot):
     """Verifies a slot, header and content hash; gives its `SlotHeader`."""
     header = SlotHeader()
-    _call("hkv_slot_verify", byref(geometry), *_whole(slot), byref(header))
+    _call("hkv_slot_verify", byref(geometry), *_source(slot), byref(header))
     return header
+
+
+def _source(tensor, item=1):
+    """As `_whole`, of what is only read: `bytes`, too."""
+    if isinstance(tensor, bytes):
+        return ctypes.cast(c_char_p(tensor), c_void_p), c_uint64(len(tensor) // item)
+    return _whole(tensor, item)
 
 
 def _whole(tensor, item=1):

@@ -181,6 +181,10 @@ class OnTheCpu(unittest.TestCase):
         self.assertEqual(hkv.decode_slot(geometry, slot, decoded).escapes, 1)
         self.assertEqual(decoded, block)
         self.assertEqual(hkv.verify_slot(geometry, slot).hash, result.hash)
+        self.assertEqual(hkv.inspect_slot(bytes(slot)).hash, result.hash)
+        self.assertEqual(hkv.decode_slot(geometry, bytes(slot), decoded).hash, result.hash)
+        with self.assertRaises(TypeError):
+            hkv.decode_slot(geometry, slot, bytes(2 * len(block)))
 
         untouched = decoded[:] = array("H", [7]) * len(block)
         for bit in [0, 37, 300, 8 * len(slot) - 1]:
