@@ -9,17 +9,20 @@ The model runs in numpy. Keys and values are rounded to bf16, as a cache holds t
 library's own `encode` and `decode`, on the CPU device, take every block through its slot. A query reads out of decoded
 slots whatever is neither in the first blocks of its sequence (`--sink-blocks`) nor in a block of its last `--recent`
 tokens: what a policy keeps exact. So layers see the errors of the layers before them, and tokens those of the tokens
-before them. A block that a codec does not hold stays as it is. Perplexity is that of all tokens which were predicted with
-anything decoded in their past; its change is that of the mean negative log likelihood against the exact cache, with the
-standard error of the differences token by token.
+before them. A block that a codec does not hold stays as it is. Perplexity is that of all tokens which were predicted
+with anything decoded in their past; its change is that of the mean negative log likelihood against the exact cache,
+with the standard error of the differences token by token.
 
 Every codec also runs with channels of K made outliers: W_k times 40 and W_q divided by 40 for one pair of rotary
-channels in 8, and K shifted by 100 there after the rotation, which softmax does not see. The exact model is the same but
-for rounding to bf16, so a codec that survives changes as little as without.
+channels in 8, and K shifted by 100 there after the rotation, which softmax does not see. The exact model is the same
+but for rounding to bf16, so a codec that survives changes as little as without.
 
-Exact codecs (`raw`, `lx4`, `lxe`) have to give back every bit of every block of the exact cache, and then need no pass of
-their own; the exit status is 1 where they do not. The text is a part of the language reference in `pydoc_data.topics`,
-which comes with Python (PSF licence), unless `--text` names files; another version of Python has a slightly different one.
+`int8-per-token` is a control, computed here: 8-bit integers with one range per token and head, for K as for V. What the
+codecs do not do is what it takes to show that the measurement sees a broken model.
+
+Exact codecs (`raw`, `lx4`, `lxe`) have to give back every bit of every block of the exact cache, and then need no pass
+of their own; the exit status is 1 where they do not. The text is a part of the language reference that comes with
+Python (`pydoc_data.topics`, PSF licence) unless `--text` names files; other versions of Python have slightly others.
 
 Models: GGUF files, or wheels that hold one or its parts, of the architectures llama and gemma3.
 """
@@ -46,6 +49,7 @@ import hybridkv as hkv  # noqa: E402
 OUTLIER_FACTOR, OUTLIER_SHIFT, OUTLIER_PAIRS = 40.0, 100.0, 8
 # Codecs that give back every bit.
 EXACT = ("raw", "lx4", "lxe")
+CONTROL = "int8-per-token"
 # Parts of the language reference that read as prose.
 TOPICS = ["typesseq", "objects", "execmodel", "import", "specialnames", "compound", "formatstrings"]
 
@@ -286,6 +290,27 @@ class Slots:
         return [t.transpose(0, 1, 3, 2, 4).reshape(tokens, heads, dim) for t in targets]
 
 
+class PerToken:
+    """Integers of 8 bits, as many caches have them: one range per token and head, for K as for V."""
+
+    def __init__(self):
+        self.blocks = self.fallbacks = self.changed = 0
+        self.bits = None
+
+    def through(self, k, v):
+        """As `Slots.through`."""
+        rounded = []
+        for tensor in (k, v):
+            values = from_bf16(tensor)
+            least, most = values.min(-1, keepdims=True), values.max(-1, keepdims=True)
+            step = np.maximum(most - least, 1e-30) / 255
+            rounded.append(to_bf16(np.round((values - least) / step) * step + least))
+            self.changed += int(np.count_nonzero(rounded[-1] != tensor))
+        # A step and a least value of 16 bits.
+        self.bits = 8 + 32 / k.shape[-1]
+        return rounded
+
+
 def find_model(paths, folder):
     """A GGUF file: itself, or put together of what wheels hold of it."""
     if len(paths) == 1 and paths[0].suffix == ".gguf":
@@ -354,7 +379,7 @@ def measure(kernels, codecs, model, windows, policy, shift=None):
         held = cache(policy, **kinds)
         return np.concatenate([model.losses(tokens, held, shift)[scored] for tokens in windows])
 
-    slots = {codec: Slots(kernels, codec, policy) for codec in codecs}
+    slots = {codec: PerToken() if codec == CONTROL else Slots(kernels, codec, policy) for codec in codecs}
     exact = losses(watched=[slots[codec] for codec in codecs if codec in EXACT])
     figures = {}
     for codec in codecs:
@@ -376,7 +401,7 @@ def main():
         "--model", type=pathlib.Path, nargs="+", required=True, help="a GGUF file, or wheels that hold it or its parts"
     )
     parser.add_argument("--text", type=pathlib.Path, action="append", help="a file of UTF-8 text; may be repeated")
-    parser.add_argument("--codecs", default="raw,lx4,fp8,int8,int6,int4", help="names, separated by commas")
+    parser.add_argument("--codecs", default=f"raw,lx4,fp8,int8,int6,int4,{CONTROL}", help="separated by commas")
     parser.add_argument("--windows", type=int, default=4, help="windows of the text that are read")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of each")
     parser.add_argument("--block-size", type=int, default=16)
