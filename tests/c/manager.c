@@ -7,20 +7,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "check.h"
+
 #define MANY 256
-
-static int failures = 0;
-
-static void check(int ok, const char* what, int line) {
-  if (!ok) {
-    failures++;
-    printf("line %d: %s; last error: %s\n", line, what, hkv_last_error());
-  }
-}
-#define CHECK(condition) check(condition, #condition, __LINE__)
-#define CHECK_ERROR(call, status, words)                                                      \
-  check((call) == (status) && strstr(hkv_last_error(), words) != NULL, #call " gives " words, \
-        __LINE__)
 
 static const char config[] =
     "{\"groups\": [{\"kind\": \"full\"}, {\"kind\": \"sliding\", \"window\": 20, \"block_size\": "

@@ -6,6 +6,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "check.h"
+
 #define BLOCKS 5
 #define LAYERS 4
 #define HEADS 2
@@ -13,19 +15,6 @@
 #define ROW 32
 #define OF_LAYER (2 * HEADS * TOKENS * ROW)
 #define BLOCK (LAYERS * OF_LAYER)
-
-static int failures = 0;
-
-static void check(int ok, const char* what, int line) {
-  if (!ok) {
-    failures++;
-    printf("line %d: %s; last error: %s\n", line, what, hkv_last_error());
-  }
-}
-#define CHECK(condition) check(condition, #condition, __LINE__)
-#define CHECK_ERROR(call, status, words)                                                      \
-  check((call) == (status) && strstr(hkv_last_error(), words) != NULL, #call " gives " words, \
-        __LINE__)
 
 // 16-byte aligned, with room beside the blocks.
 static uint64_t pool_memory[2 + BLOCKS * BLOCK / 8 + 2];

@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "check.h"
+
 #define BLOCK_SIZE 16
 #define NUM_BLOCKS 8
 #define KV_HEADS 2
@@ -17,19 +19,6 @@
 #define WINDOW 20
 #define LAYERS 2
 #define GROUPS 2
-
-static int failures = 0;
-
-static void check(int ok, const char* what, int line) {
-  if (!ok) {
-    failures++;
-    printf("line %d: %s; last error: %s\n", line, what, hkv_last_error());
-  }
-}
-#define CHECK(condition) check(condition, #condition, __LINE__)
-#define CHECK_ERROR(call, status, words)                                                      \
-  check((call) == (status) && strstr(hkv_last_error(), words) != NULL, #call " gives " words, \
-        __LINE__)
 
 // Small multiples of 1/16, which bf16 holds exactly: its upper half is the float.
 static uint32_t state = 1;
