@@ -166,6 +166,7 @@ pub fn file_store(data: &[u8]) {
             path: ROOT.clone(),
             bytes: 8 * 4096,
             block_bytes: BLOCK,
+            groups: Vec::new(),
             identity: [7; 32],
             sync: SyncPolicy::Never,
         })

@@ -34,6 +34,7 @@ impl Folder {
             path: self.0.clone(),
             bytes: blocks * FILE,
             block_bytes: BLOCK,
+            groups: Vec::new(),
             identity: [identity; 32],
             sync: SyncPolicy::Never,
         }

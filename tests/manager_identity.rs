@@ -152,6 +152,7 @@ fn open(root: &Folder, dtype: Dtype) -> (Manager, FileStore) {
         path: root.0.clone(),
         bytes: 1 << 20,
         block_bytes: BLOCK,
+        groups: Vec::new(),
         identity,
         sync: SyncPolicy::Never,
     })

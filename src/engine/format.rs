@@ -153,7 +153,7 @@ impl GroupFormat {
     }
 
     /// Bytes up to the end of the last section.
-    fn end(&self) -> u64 {
+    pub(super) fn end(&self) -> u64 {
         self.sections.last().map_or(0, |section| section.offset + section.bytes)
     }
 

@@ -11,9 +11,14 @@
 //! a sound header of this identity and the length that it states is offered again, anything else removed.
 //! Payloads are verified when they are read.
 //!
-//! Header, 128 bytes, little endian: magic `HKVBLOCK`, version u32, codec u32, identity `[32]`, hash `[16]`,
-//! group u32, zero u32, payload bytes u64, raw bytes u64, XXH3-64 of the payload u64, zeros, and in the last
-//! four bytes the CRC-32 of the bytes before them.
+//! What is exact in the host tier is `lxe` in a file (src/codec), encoded and decoded by the threads that write and
+//! read; what is lossy there, or does not shrink, is as it is there. So files differ in size. There are as many slots
+//! as the budget has room for when every block takes what a slot of `lxe` takes at most, 12 bits per element, and
+//! about a tenth of it is left for the few that do not shrink; when that is used up, they are not stored.
+//!
+//! Header, 128 bytes, little endian: magic `HKVBLOCK`, version u32, form u32 (0: as it is, 2: `lxe`), identity `[32]`,
+//! hash `[16]`, group u32, zero u32, payload bytes u64, bytes of the host slot u64, XXH3-64 of the payload u64, zeros,
+//! and in the last four bytes the CRC-32 of the bytes before them.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File, OpenOptions};
@@ -26,13 +31,14 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::sync::{Mutex, MutexGuard, PoisonError};
 use super::{BlockKey, BlockStore, Damage};
+use crate::engine::GroupFormat;
+use crate::engine::storage::form::{Form, Slots};
 use crate::error::{Error, ErrorKind, Result};
 use crate::manager::{BlockHash, StorageSlot, StoredBlock};
 
 const OP: &str = "file store";
 const MAGIC: &[u8; 8] = b"HKVBLOCK";
-const VERSION: u32 = 1;
-const CODEC_RAW: u32 = 0;
+const VERSION: u32 = 2;
 const HEADER: usize = 128;
 /// Files of one folder.
 const FOLDER: u32 = 4096;
@@ -59,9 +65,12 @@ pub struct FileStoreConfig {
     pub path: PathBuf,
     /// Budget of everything below the root.
     pub bytes: u64,
-    /// Bytes of a block.
+    /// Bytes of a host slot: of a block, where those hold it as it is.
     pub block_bytes: usize,
-    /// Identity of the manager: blocks of others are never read.
+    /// How host slots hold the blocks of each group ([`SlotFormat`](crate::engine::SlotFormat)). Of groups that are
+    /// not there nothing is known, and their blocks are stored as they are.
+    pub groups: Vec<GroupFormat>,
+    /// Identity of the manager and of the format: blocks of others are never read.
     pub identity: [u8; 32],
     /// What is synchronised.
     pub sync: SyncPolicy,
@@ -80,8 +89,8 @@ pub struct FileStore {
 
 /// Bytes in use.
 struct Budget {
-    /// Which slots have a file, perhaps.
-    files: Vec<bool>,
+    /// Of the file of each slot; 0: it has none.
+    files: Vec<u64>,
     used: u64,
     /// Files of other identities, the oldest first.
     others: VecDeque<(PathBuf, u64)>,
@@ -104,9 +113,13 @@ impl FileStore {
     /// Opens or makes a store, and scans what it holds.
     ///
     /// # Errors
-    /// `InvalidArgument` for a budget below one block, or a root that another process has open; `Io`.
+    /// `InvalidArgument` for a budget below one block, formats that slots of this size do not have, or a root that
+    /// another process has open; `Unsupported` for a codec that does not know a format's elements; `Io`.
     pub fn open(config: FileStoreConfig) -> Result<Self> {
-        let file_bytes = file_bytes(config.block_bytes);
+        let slots = |format| Slots { format, slot_bytes: config.block_bytes };
+        config.groups.iter().try_for_each(|format| slots(Some(format)).check())?;
+        let most = config.groups.iter().map(|format| slots(Some(format)).file_bytes()).max();
+        let file_bytes = file_bytes(most.unwrap_or(config.block_bytes));
         let num_slots = u32::try_from(config.bytes / file_bytes).unwrap_or(u32::MAX - 1);
         let num_slots = num_slots.min(u32::MAX - 1);
         if num_slots == 0 || config.block_bytes == 0 {
@@ -139,34 +152,40 @@ impl FileStore {
 
     /// Finds the blocks of the folder, the oldest first, and removes everything else from it.
     fn scan(&mut self) -> Result<()> {
-        let mut found: HashMap<BlockKeyBytes, (SystemTime, StoredBlock)> = HashMap::new();
-        for (path, modified, _) in files_below(&self.folder)? {
+        let mut found: HashMap<BlockKeyBytes, Found> = HashMap::new();
+        for (path, modified, bytes) in files_below(&self.folder)? {
             let block = self.inspect(&path);
             let keep = block.and_then(|block| {
                 let key = (block.group, *block.hash.as_bytes());
                 match found.get(&key) {
-                    Some((newer, _)) if *newer >= modified => None,
-                    _ => Some((key, block)),
+                    Some(newer) if newer.modified >= modified => None,
+                    _ => Some((key, Found { modified, bytes: on_disk(bytes), block })),
                 }
             });
             match keep {
-                Some((key, block)) => {
-                    if let Some((_, older)) = found.insert(key, (modified, block)) {
-                        remove(&self.path_of(older.slot));
+                Some((key, newer)) => {
+                    if let Some(older) = found.insert(key, newer) {
+                        remove(&self.path_of(older.block.slot));
                     }
                 }
                 None => drop(remove(&path)),
             }
         }
-        let mut found: Vec<(SystemTime, StoredBlock)> = found.into_values().collect();
-        found.sort_by_key(|(modified, block)| (*modified, block.slot));
-        self.stored = found.into_iter().map(|(_, block)| block).collect();
-        let budget = self.budget.get_mut().unwrap_or_else(PoisonError::into_inner);
-        budget.files = vec![false; self.num_slots as usize];
-        for block in &self.stored {
-            budget.files[block.slot as usize] = true;
-            budget.used += file_bytes(self.config.block_bytes);
+        let mut found: Vec<Found> = found.into_values().collect();
+        found.sort_by_key(|found| (found.modified, found.block.slot));
+        let mut used: u64 = found.iter().map(|found| found.bytes).sum();
+        let mut files = vec![0; self.num_slots as usize];
+        for Found { bytes, block, .. } in found {
+            if used > self.config.bytes {
+                remove(&self.path_of(block.slot));
+                used -= bytes;
+                continue;
+            }
+            files[block.slot as usize] = bytes;
+            self.stored.push(block);
         }
+        let budget = self.budget.get_mut().unwrap_or_else(PoisonError::into_inner);
+        (budget.files, budget.used) = (files, used);
         Ok(())
     }
 
@@ -181,13 +200,9 @@ impl FileStore {
         let mut header = [0; HEADER];
         file.read_exact(&mut header).ok()?;
         let header = Header::parse(&header, &self.config.identity).ok()?;
-        let bytes = self.config.block_bytes as u64;
-        let whole = file.metadata().ok()?.len() == HEADER as u64 + bytes;
-        (whole && header.payload_bytes == bytes).then_some(StoredBlock {
-            slot,
-            group: header.key.group,
-            hash: header.key.hash,
-        })
+        let expected = (HEADER as u64).checked_add(header.payload_bytes)?;
+        let whole = file.metadata().ok()?.len() == expected && self.could_hold(&header);
+        whole.then_some(StoredBlock { slot, group: header.key.group, hash: header.key.hash })
     }
 
     fn path_of(&self, slot: StorageSlot) -> PathBuf {
@@ -198,22 +213,37 @@ impl FileStore {
         self.budget.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a slot's file, and makes room for it.
-    fn take(&self, slot: StorageSlot) {
+    fn slots(&self, group: u32) -> Slots<'_> {
+        let format = self.config.groups.get(group as usize);
+        Slots { format, slot_bytes: self.config.block_bytes }
+    }
+
+    /// Whether a payload is one of slots of this size, and no larger than they are.
+    fn could_hold(&self, header: &Header) -> bool {
+        let used = self.slots(header.key.group).used_bytes() as u64;
+        header.slot_bytes == self.config.block_bytes as u64 && header.payload_bytes <= used
+    }
+
+    /// Counts a slot's file of so many bytes, in place of the one it has, and makes room for it.
+    fn take(&self, slot: StorageSlot, bytes: u64) -> Result<()> {
         let mut budget = self.budget();
-        if !std::mem::replace(&mut budget.files[slot as usize], true) {
-            budget.used += file_bytes(self.config.block_bytes);
-            budget.make_room(self.config.bytes);
+        let others = budget.used - budget.files[slot as usize];
+        if others + bytes > self.config.bytes {
+            let reason = format!("{others} of {} are in use", self.config.bytes);
+            let kind = ErrorKind::OutOfMemory { kind: "storage", requested: bytes, reason };
+            return Err(Error::new(OP, kind));
         }
+        budget.files[slot as usize] = bytes;
+        budget.used = others + bytes;
+        budget.make_room(self.config.bytes);
+        Ok(())
     }
 
     /// Removes a slot's file.
     fn drop_slot(&self, slot: StorageSlot) {
         if remove(&self.path_of(slot)) {
             let mut budget = self.budget();
-            if std::mem::take(&mut budget.files[slot as usize]) {
-                budget.used -= file_bytes(self.config.block_bytes);
-            }
+            budget.used -= std::mem::take(&mut budget.files[slot as usize]);
         }
     }
 
@@ -230,17 +260,24 @@ impl FileStore {
         Ok(())
     }
 
-    fn try_write(&self, slot: StorageSlot, key: BlockKey, payload: &[u8]) -> Result<()> {
+    fn try_write(&self, slot: StorageSlot, key: BlockKey, block: &[u8]) -> Result<()> {
+        let (form, payload) = self.slots(key.group).shrink(block)?;
+        self.take(slot, file_bytes(payload.len()))?;
         let path = self.path_of(slot);
         let temporary = path.with_extension("tmp");
         let folder = path.parent().unwrap_or(&self.folder);
-        let header =
-            Header { key, payload_bytes: payload.len() as u64, payload_hash: xxh3_64(payload) };
+        let header = Header {
+            key,
+            form,
+            payload_bytes: payload.len() as u64,
+            slot_bytes: block.len() as u64,
+            payload_hash: xxh3_64(&payload),
+        };
         let write = || -> std::io::Result<()> {
             fs::create_dir_all(folder)?;
             let mut file = File::create(&temporary)?;
             file.write_all(&header.bytes(&self.config.identity))?;
-            file.write_all(payload)?;
+            file.write_all(&payload)?;
             if self.config.sync != SyncPolicy::Never {
                 file.sync_data()?;
             }
@@ -256,7 +293,7 @@ impl FileStore {
         })
     }
 
-    fn try_read(&self, slot: StorageSlot, key: BlockKey, payload: &mut [u8]) -> Result<()> {
+    fn try_read(&self, slot: StorageSlot, key: BlockKey, block: &mut [u8]) -> Result<()> {
         let path = self.path_of(slot);
         let mut file = File::open(&path).map_err(|e| io(&path, e))?;
         let corrupt =
@@ -264,14 +301,25 @@ impl FileStore {
         let mut header = [0; HEADER];
         file.read_exact(&mut header).map_err(|e| io(&path, e))?;
         let header = Header::parse(&header, &self.config.identity).map_err(|e| corrupt(&e))?;
-        if header.key != key || header.payload_bytes != payload.len() as u64 {
+        if header.key != key || !self.could_hold(&header) {
             return Err(corrupt("the header is of another block"));
         }
-        file.read_exact(payload).map_err(|e| io(&path, e))?;
-        if xxh3_64(payload) != header.payload_hash {
-            return Err(corrupt("the payload does not have the hash that the header states"));
+        let slots = self.slots(key.group);
+        let length = header.payload_bytes as usize;
+        if header.form == Form::AsIs && length == slots.used_bytes() {
+            let payload = &mut block[..length];
+            file.read_exact(payload).map_err(|e| io(&path, e))?;
+            return match xxh3_64(payload) == header.payload_hash {
+                true => Ok(()),
+                false => Err(corrupt(OTHER_HASH)),
+            };
         }
-        Ok(())
+        let mut payload = vec![0; length];
+        file.read_exact(&mut payload).map_err(|e| io(&path, e))?;
+        if xxh3_64(&payload) != header.payload_hash {
+            return Err(corrupt(OTHER_HASH));
+        }
+        slots.restore(header.form, &payload, block).map_err(|e| corrupt(&e.to_string()))
     }
 }
 
@@ -286,7 +334,6 @@ impl BlockStore for FileStore {
 
     fn write(&self, slot: StorageSlot, key: BlockKey, payload: &[u8]) -> Result<()> {
         self.check(slot, payload.len())?;
-        self.take(slot);
         self.try_write(slot, key, payload).inspect_err(|_| self.drop_slot(slot))
     }
 
@@ -299,7 +346,7 @@ impl BlockStore for FileStore {
         fs::remove_dir_all(&self.folder).map_err(|e| io(&self.folder, e))?;
         fs::create_dir_all(&self.folder).map_err(|e| io(&self.folder, e))?;
         let mut budget = self.budget();
-        budget.files.fill(false);
+        budget.files.fill(0);
         budget.used = 0;
         Ok(())
     }
@@ -308,7 +355,7 @@ impl BlockStore for FileStore {
         let path = self.path_of(slot);
         let damage = || -> std::io::Result<()> {
             let mut file = OpenOptions::new().read(true).write(true).open(&path)?;
-            let middle = HEADER as u64 + self.config.block_bytes as u64 / 2;
+            let middle = (HEADER as u64 + file.metadata()?.len()) / 2;
             if damage == Damage::Short {
                 return file.set_len(middle);
             }
@@ -324,10 +371,22 @@ impl BlockStore for FileStore {
 
 type BlockKeyBytes = (u32, [u8; 16]);
 
+const OTHER_HASH: &str = "the payload does not have the hash that the header states";
+
+/// A sound file.
+struct Found {
+    modified: SystemTime,
+    /// Of the budget.
+    bytes: u64,
+    block: StoredBlock,
+}
+
 /// What differs between the headers of one store's files.
 struct Header {
     key: BlockKey,
+    form: Form,
     payload_bytes: u64,
+    slot_bytes: u64,
     payload_hash: u64,
 }
 
@@ -336,13 +395,12 @@ impl Header {
         let mut bytes = [0; HEADER];
         bytes[..8].copy_from_slice(MAGIC);
         bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
-        bytes[12..16].copy_from_slice(&CODEC_RAW.to_le_bytes());
+        bytes[12..16].copy_from_slice(&(self.form as u32).to_le_bytes());
         bytes[16..48].copy_from_slice(identity);
         bytes[48..64].copy_from_slice(self.key.hash.as_bytes());
         bytes[64..68].copy_from_slice(&self.key.group.to_le_bytes());
         bytes[72..80].copy_from_slice(&self.payload_bytes.to_le_bytes());
-        // Raw blocks are stored as they are.
-        bytes[80..88].copy_from_slice(&self.payload_bytes.to_le_bytes());
+        bytes[80..88].copy_from_slice(&self.slot_bytes.to_le_bytes());
         bytes[88..96].copy_from_slice(&self.payload_hash.to_le_bytes());
         let crc = crc32fast::hash(&bytes[..HEADER - 4]);
         bytes[HEADER - 4..].copy_from_slice(&crc.to_le_bytes());
@@ -356,22 +414,33 @@ impl Header {
         if &bytes[..8] != MAGIC || crc32fast::hash(&bytes[..HEADER - 4]) != word(HEADER - 4) {
             return Err("no sound header".into());
         }
-        if (word(8), word(12)) != (VERSION, CODEC_RAW) || long(80) != long(72) {
-            return Err(format!("version {} with codec {} is not known", word(8), word(12)));
-        }
+        let (version, form) = (word(8), word(12));
+        let Some(form) = Form::of_code(form).filter(|_| version == VERSION) else {
+            return Err(format!("version {version} with form {form} is not known"));
+        };
         if bytes[16..48] != identity[..] {
             return Err("a block of another identity".into());
         }
         let mut hash = [0; 16];
         hash.copy_from_slice(&bytes[48..64]);
-        let key = BlockKey { group: word(64), hash: BlockHash::from_bytes(hash) };
-        Ok(Self { key, payload_bytes: long(72), payload_hash: long(88) })
+        Ok(Self {
+            key: BlockKey { group: word(64), hash: BlockHash::from_bytes(hash) },
+            form,
+            payload_bytes: long(72),
+            slot_bytes: long(80),
+            payload_hash: long(88),
+        })
     }
 }
 
-/// Bytes of the budget that one block takes.
-fn file_bytes(block_bytes: usize) -> u64 {
-    (HEADER as u64).saturating_add(block_bytes as u64).next_multiple_of(FILE_ALIGN)
+/// Bytes of the budget that a payload takes.
+fn file_bytes(payload_bytes: usize) -> u64 {
+    on_disk((HEADER as u64).saturating_add(payload_bytes as u64))
+}
+
+/// Bytes of the budget that a file takes.
+fn on_disk(bytes: u64) -> u64 {
+    bytes.checked_next_multiple_of(FILE_ALIGN).unwrap_or(u64::MAX)
 }
 
 fn name_of(identity: &[u8; 32]) -> String {
@@ -430,8 +499,5 @@ fn others(root: &Path, own: &Path) -> Result<VecDeque<(PathBuf, u64)>> {
         }
     }
     files.sort_by_key(|(_, modified, _)| *modified);
-    Ok(files
-        .into_iter()
-        .map(|(path, _, bytes)| (path, bytes.next_multiple_of(FILE_ALIGN)))
-        .collect())
+    Ok(files.into_iter().map(|(path, _, bytes)| (path, on_disk(bytes))).collect())
 }

@@ -5,6 +5,7 @@
 //! in the slot of their transfer, which the manager reserves for it until the engine has reported its end.
 
 mod file;
+mod form;
 #[cfg(test)]
 mod model;
 mod queue;
@@ -57,10 +58,12 @@ pub trait BlockStore: Send + Sync {
     /// What it held when it was opened, the oldest first.
     fn stored(&self) -> &[StoredBlock];
 
-    /// Puts a block in the place of whatever the slot held. After an error the slot holds nothing.
+    /// Puts a block, as the host slot has it, in the place of whatever the slot held. After an error the slot holds
+    /// nothing.
     fn write(&self, slot: StorageSlot, key: BlockKey, payload: &[u8]) -> Result<()>;
 
-    /// Reads a block and verifies that it is the one of this key, and whole. After an error the slot holds
+    /// Reads a block into a host slot, to the bit as it was there, and verifies that it is the one of this key, and
+    /// whole. After an error the slot holds
     /// nothing, and `payload` anything.
     ///
     /// # Errors

@@ -126,6 +126,7 @@ fn open(root: &Path, identity: u8) -> FileStore {
         path: root.to_owned(),
         bytes: SLOTS as u64 * FILE,
         block_bytes: BLOCK,
+        groups: Vec::new(),
         identity: [identity; 32],
         sync: SyncPolicy::Never,
     };

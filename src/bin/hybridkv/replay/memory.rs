@@ -74,6 +74,7 @@ impl Memory {
             path: path.into(),
             bytes,
             block_bytes: BLOCK,
+            groups: Vec::new(),
             identity,
             sync: SyncPolicy::Never,
         })?;

@@ -1,7 +1,10 @@
 //! From arguments to a model, a workload and memory sizes that belong together.
 
+use hybridkv::codec::Codec;
 use hybridkv::device::Device;
-use hybridkv::engine::{EngineConfig, FileStoreConfig, HostSize, Layerwise, SyncPolicy};
+use hybridkv::engine::{
+    EngineConfig, FileStoreConfig, HostCodecs, HostSize, Layerwise, SlotFormat, SyncPolicy,
+};
 use hybridkv::error::{Error, Result};
 use hybridkv::manager::{
     Eviction, GroupConfig, HostConfig, ManagerConfig, PrefetchPolicy, Retention, StorageConfig,
@@ -239,6 +242,7 @@ impl Setup {
                 path: path.into(),
                 bytes: parse_bytes(&args.storage_bytes)?,
                 block_bytes: plan.block_bytes,
+                groups: SlotFormat::of(&plan, &HostCodecs::all(Codec::Raw))?.groups().to_vec(),
                 identity: manager.identity,
                 sync: SyncPolicy::Never,
             }),
