@@ -654,7 +654,8 @@ typedef struct hkv_step_args {
 //     "chunk": 8192, "sink_tokens": 4, "block_size": 32}, {"kind": "state"}],
 //    "block_size": 16, "num_blocks": 4096, "max_model_len": 32768, "in_flight_tokens": 8192,
 //    "prefix_caching": true, "eviction": "reuse", "identity": "model, revision, dtype, layout",
-//    "retention": {"interval": 0, "slack": null, "dense_chunks": false, "ends": true},
+//    "retention": {"interval": 0, "slack": null, "dense_chunks": false, "ends": true,
+//      "fronts": true},
 //    "host": {"num_slots": 8192, "write": "through", "uses": 2, "eviction": "lru",
 //      "load_back_threshold": 0},
 //    "storage": {"num_slots": 65536, "eviction": "lru", "prefetch_threshold": 256, "prefetch":

@@ -38,14 +38,16 @@ fn sees(group: &GroupConfig, i: usize, j: usize) -> bool {
     j <= i && (kind || j < group.sink_tokens as usize)
 }
 
-/// Blocks that a prefix of `n` tokens needs: those that hold a token which the query at `n` sees, and
-/// those of the sinks.
+/// Blocks that a prefix of `n` tokens needs: those that hold a token which the query at `n` sees, those of the
+/// sinks, and the one that it ends inside of, which is to be filled up.
 fn needed(group: &GroupConfig, n: usize) -> Vec<usize> {
     let size = group.block_size as usize;
     (0..n.div_ceil(size))
         .filter(|b| {
             let tokens = b * size..((b + 1) * size).min(n);
-            b * size < group.sink_tokens as usize || tokens.into_iter().any(|j| sees(group, n, j))
+            b * size < group.sink_tokens as usize
+                || n < (b + 1) * size
+                || tokens.into_iter().any(|j| sees(group, n, j))
         })
         .collect()
 }
@@ -71,20 +73,36 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-fn alignment(groups: &[GroupConfig]) -> usize {
-    groups.iter().map(|group| group.block_size as usize).fold(1, |a, b| a / gcd(a, b) * b)
+/// Tokens per hash.
+fn unit(groups: &[GroupConfig]) -> usize {
+    groups.iter().map(|group| group.block_size as usize).fold(0, gcd)
+}
+
+/// Hits are multiples of this: of the blocks of all groups, or, where blocks are found by their fronts, of those of
+/// the states alone.
+fn alignment(groups: &[GroupConfig], fronts: bool) -> usize {
+    let whole = groups.iter().filter(|group| !fronts || group.kind == GroupKind::State);
+    let sizes = whole.map(|group| group.block_size as usize);
+    sizes.fold(unit(groups), |a, b| a / gcd(a, b) * b)
+}
+
+/// Tokens at which a prefix inside of block `b` can end.
+fn fronts(group: &GroupConfig, unit: usize, b: usize) -> impl Iterator<Item = usize> + use<> {
+    let size = group.block_size as usize;
+    (b * size + 1..(b + 1) * size).filter(move |n| n.is_multiple_of(unit))
 }
 
 fn retention(groups: &[GroupConfig]) -> impl Strategy<Value = Retention> + use<> {
-    let alignment = alignment(groups) as u32;
+    let alignments = [false, true].map(|fronts| alignment(groups, fronts) as u32);
     let interval = prop_oneof![Just(None), Just(Some(0u32)), (1u32..4).prop_map(Some)];
     let slack = prop_oneof![4 => (0u32..3).prop_map(Slack::Units), 1 => Just(Slack::ByKind)];
-    (interval, slack, any::<bool>(), any::<bool>()).prop_map(
-        move |(interval, slack, dense_chunks, ends)| Retention {
-            interval: interval.map(|k| k * alignment),
+    (interval, slack, any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
+        move |(interval, slack, dense_chunks, ends, fronts)| Retention {
+            interval: interval.map(|k| k * alignments[usize::from(fronts)]),
             slack,
             dense_chunks,
             ends,
+            fronts,
         },
     )
 }

@@ -66,6 +66,7 @@ struct Retained {
     slack: Option<u32>,
     dense_chunks: bool,
     ends: bool,
+    fronts: bool,
 }
 
 #[derive(Deserialize)]
@@ -123,8 +124,8 @@ impl From<Prefetch> for PrefetchPolicy {
 
 impl Default for Retained {
     fn default() -> Self {
-        let Retention { interval, dense_chunks, ends, .. } = Retention::default();
-        Self { interval, slack: None, dense_chunks, ends }
+        let Retention { interval, dense_chunks, ends, fronts, .. } = Retention::default();
+        Self { interval, slack: None, dense_chunks, ends, fronts }
     }
 }
 
@@ -185,13 +186,13 @@ pub(super) fn manager(json: &str) -> Result<Manager> {
             Write::Back => WritePolicy::Back,
         })
     });
-    let Retained { interval, slack, dense_chunks, ends } = config.retention;
+    let Retained { interval, slack, dense_chunks, ends, fronts } = config.retention;
     let slack = slack.map_or(Slack::ByKind, Slack::Units);
     let mut manager = Manager::new(ManagerConfig {
         groups: config.groups.iter().map(|group| group.config(config.block_size)).collect(),
         num_blocks: config.num_blocks,
         prefix_caching: config.prefix_caching,
-        retention: Retention { interval, slack, dense_chunks, ends },
+        retention: Retention { interval, slack, dense_chunks, ends, fronts },
         eviction: config.eviction,
         max_model_len: config.max_model_len,
         in_flight_tokens: config.in_flight_tokens,

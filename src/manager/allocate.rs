@@ -169,20 +169,34 @@ impl Manager {
         let caching = self.config.prefix_caching;
         let goal = Goal { boundaries: &boundaries, tokens: num_tokens, slots, caching };
         let (mut fresh, mut held, mut unused) = (0, 0, 0);
+        // Blocks with a front that is hit, of which the sequence goes on with a copy, and which nobody else uses.
+        let mut fronts = Vec::new();
         let mut sources = Vec::new();
+        let mut new_blocks = Vec::with_capacity(self.groups.len());
         for (g, (group, row)) in self.groups.iter().zip(&rows).enumerate() {
-            fresh += lacking(group, &self.policy, &self.device.pool, row, hit, goal);
+            let mut lacks = lacking(group, &self.policy, &self.device.pool, row, hit, goal);
             for b in group.needed(hit) {
                 let id = row.get(b);
                 if id == NULL {
-                    fresh += 1;
-                    let hash = &tokens.hashes()[group.key_index(b)];
+                    lacks += 1;
+                    let hash = &tokens.hashes()[group.key_index_in(b, hit)];
                     sources.extend(self.host.as_ref().and_then(|host| host.find(g, hash)));
                 } else {
                     held += 1;
-                    unused += usize::from(self.device.pool.is_available(id));
+                    if self.device.pool.is_available(id) {
+                        unused += 1;
+                        fronts.extend((hit / group.block_size == b).then_some((g, id)));
+                    }
                 }
             }
+            fresh += lacks;
+            new_blocks.push(Vec::with_capacity(lacks));
+        }
+        // Without room for the copies it goes on in these blocks themselves, and they are found no more: a hit never
+        // takes more than a miss.
+        match fresh + unused > self.device.pool.available() {
+            true => fresh -= fronts.len(),
+            false => fronts.clear(),
         }
         let needed = fresh + unused;
         self.events.seal();
@@ -201,7 +215,8 @@ impl Manager {
         for (g, (group, row)) in self.groups.iter().zip(&rows).enumerate() {
             for b in group.needed(hit) {
                 let order = &mut self.device.pool.order;
-                if is_last_of_stride(b) && self.policy.remembers(g) {
+                let whole = (b + 1) * group.block_size <= hit;
+                if whole && is_last_of_stride(b) && self.policy.remembers(g) {
                     order.recall(tokens.hashes()[group.key_index(b)].key(g), b, row.get(b) != NULL);
                 }
                 if row.get(b) != NULL {
@@ -210,8 +225,10 @@ impl Manager {
                 }
             }
         }
-        let mut new_blocks = vec![Vec::new(); self.groups.len()];
-        let mut loads = Vec::new();
+        for (g, id) in fronts {
+            self.device.empty(id, g, &mut self.events);
+        }
+        let (mut loads, mut own) = (Vec::new(), Vec::new());
         self.generation += 1;
         let generation = self.generation;
         let mut tables = Vec::with_capacity(rows.len());
@@ -223,7 +240,7 @@ impl Manager {
                     hits += 1;
                     continue;
                 }
-                let hash = tokens.hashes()[group.key_index(b)];
+                let hash = tokens.hashes()[group.key_index_in(b, hit)];
                 let Some((id, load)) = self.load(g, hash, b, (seq, generation)) else {
                     debug_assert!(false, "room was checked, and the host found it");
                     continue;
@@ -232,9 +249,10 @@ impl Manager {
                 new_blocks[g].push(id);
                 loads.push(load);
                 loading += 1;
+                own.extend(((b + 1) * group.block_size > hit).then_some(id));
             }
             self.device.stats[g].hit_blocks += hits;
-            let considered = table.len();
+            let considered = hit / group.block_size;
             tables.push(Row { table, considered, settled: considered, loading, ..Row::default() });
         }
         let mut sequence = Sequence {
@@ -245,6 +263,7 @@ impl Manager {
             settled: hit,
             rows: tables,
             boundaries,
+            hit,
             generation,
             inherited: None,
             loading: loads.len(),
@@ -256,7 +275,13 @@ impl Manager {
         };
         let Self { groups, policy, device, copies, events, .. } = self;
         let grower = Grower { groups, policy, device, copies, events };
-        grow(grower, &mut sequence.rows, hit, goal, |g, id| new_blocks[g].push(id));
+        // It goes on in the fronts that it loads, and in copies of those that it found.
+        let before =
+            |group: &Group, table: &Table| match own.contains(&table.get(hit / group.block_size)) {
+                true => hit.next_multiple_of(group.block_size),
+                false => hit,
+            };
+        grow(grower, &mut sequence.rows, before, goal, |g, id| new_blocks[g].push(id));
         cache(groups, policy, device, events, &mut sequence);
         self.sequences.insert(seq, sequence);
         self.cancel_prefetch(seq);
@@ -315,8 +340,14 @@ impl Manager {
         let caching = config.prefix_caching;
         let goal = Goal { boundaries: &boundaries, tokens: num_tokens, slots: num_tokens, caching };
         let (mut fresh, mut held) = (0, 0);
+        // A block that it goes on in while it is loaded is nobody else's.
+        let loading = sequence.loading > 0;
+        let before = |group: &Group| match loading {
+            true => before.next_multiple_of(group.block_size),
+            false => before,
+        };
         for (group, row) in groups.iter().zip(&sequence.rows) {
-            fresh += lacking(group, policy, &device.pool, &row.table, before, goal);
+            fresh += lacking(group, policy, &device.pool, &row.table, before(group), goal);
             held += row.table.sinks().len() + row.table.live().len();
         }
         check_room(OP, &device.pool, stats, num_tokens, fresh + held, fresh)?;
@@ -326,7 +357,7 @@ impl Manager {
         events.seal();
         sequence.tokens.push(tokens);
         let grower = Grower { groups, policy, device, copies, events };
-        grow(grower, &mut sequence.rows, before, goal, new_block);
+        grow(grower, &mut sequence.rows, |group, _| before(group), goal, new_block);
         cache(groups, policy, device, events, sequence);
         let ends = groups.iter().map(|group| num_tokens.next_multiple_of(group.block_size));
         sequence.open_end = ends.min().unwrap_or(0);
@@ -454,9 +485,8 @@ pub(super) fn cache(
             let kept = kept[..count].iter().map(|&b| (b, &hashes[group.key_index(b)]));
             device.warm(g, kept.clone().map(|(_, hash)| hash));
             for (b, &hash) in kept {
-                device.insert(g, hash, b, row.table.get(b), known.before);
+                device.insert((g, hash), b, row.table.get(b), known.before, events);
                 device.pool.block_mut(row.table.get(b)).tenant = *tenant;
-                events.push(EventKind::Stored, g as u32, Tier::Device, b as u32, hash);
             }
         }
     }
@@ -488,6 +518,9 @@ fn recall(
         false => 0,
     };
     for last in (last_of_stride(b)..end).step_by(Order::STRIDE) {
+        if let Some(hash) = hashes.get(group.key_index(last + Order::STRIDE)) {
+            order.warm(hash.key(g));
+        }
         if policy.finds(group, boundaries, last) {
             before = before.max(order.recall(hashes[group.key_index(last)].key(g), last, false));
         }

@@ -6,7 +6,6 @@
 
 use std::collections::HashSet;
 
-use super::events::{EventKind, Tier};
 use super::pool::NULL;
 use super::*;
 
@@ -91,6 +90,7 @@ impl Manager {
             settled: of.settled,
             begun: of.begun,
             boundaries: of.boundaries,
+            hit: shared,
             tenant: of.tenant,
             generation: self.generation,
             inherited: Some(Inherited { from: of.generation, tokens: shared }),
@@ -198,9 +198,7 @@ impl Manager {
                 }
                 // A block that others hold is theirs as well: it stays what it is.
                 if unfinished || cached == Cached::Goes && block.users == 1 {
-                    self.device.remove(id);
-                    let kind = EventKind::Removed;
-                    self.events.push(kind, g as u32, Tier::Device, block.index, block.hash);
+                    self.device.remove(id, &mut self.events);
                     if let Some(host) = &mut self.host {
                         host.disown(g, &block.hash, &mut self.events);
                     }

@@ -31,7 +31,8 @@ impl GroupConfig {
     /// computed and not settled. The block size is at least 1.
     pub(crate) fn max_blocks(&self, tokens: usize, in_flight: usize) -> usize {
         let retention = Retention::default();
-        Group::new(self, self.block_size as usize).max_blocks(tokens, in_flight, &retention)
+        let size = self.block_size as usize;
+        Group::new(self, size, size).max_blocks(tokens, in_flight, &retention)
     }
 }
 
@@ -65,6 +66,9 @@ pub struct Retention {
     /// generated is then findable as it is filled; what leaves the window before the end, and no other boundary
     /// needs, is reused first. Recurrent states have no such boundary.
     pub ends: bool,
+    /// Where groups have blocks of different sizes: whether the larger ones are found by their fronts, too, down to
+    /// the hashed unit, so that hits end at multiples of it ([`Manager::alignment`](super::Manager::alignment)).
+    pub fronts: bool,
 }
 
 /// How much more than a tail is kept, so that a prompt that leaves the cached one a little before the boundary
@@ -92,14 +96,27 @@ impl Slack {
 impl Retention {
     /// Everything that an aligned hit can need, chunks densely: what vLLM keeps when it is not told otherwise.
     pub fn dense() -> Self {
-        Self { interval: None, slack: Slack::Units(0), dense_chunks: true, ends: false }
+        Self {
+            interval: None,
+            slack: Slack::Units(0),
+            dense_chunks: true,
+            ends: false,
+            fronts: false,
+        }
     }
 }
 
 impl Default for Retention {
-    /// Sparse: the replay boundary, junctions and the end of the sequence, with slack by kind.
+    /// Sparse: the replay boundary, junctions and the end of the sequence, with slack by kind; blocks are found by
+    /// their fronts.
     fn default() -> Self {
-        Self { interval: Some(0), slack: Slack::ByKind, dense_chunks: false, ends: true }
+        Self {
+            interval: Some(0),
+            slack: Slack::ByKind,
+            dense_chunks: false,
+            ends: true,
+            fronts: true,
+        }
     }
 }
 
@@ -127,9 +144,22 @@ pub struct ManagerConfig {
     pub identity: [u8; 32],
 }
 
-/// Checks the groups; gives the greatest common divisor and the least common multiple of their block
-/// sizes.
-pub(super) fn check_groups(op: &'static str, groups: &[GroupConfig]) -> Result<(usize, usize)> {
+/// Numbers of tokens that follow from the block sizes.
+pub(super) struct Units {
+    /// Tokens per hash: the greatest common divisor of the block sizes.
+    pub hashed: usize,
+    /// The least common multiple of the sizes of blocks that serve hits as a whole only.
+    pub alignment: usize,
+    /// The least common multiple of all of them.
+    pub whole_blocks: usize,
+}
+
+/// Checks the groups. `fronts`: blocks of attention serve hits that end inside of them, too.
+pub(super) fn check_groups(
+    op: &'static str,
+    groups: &[GroupConfig],
+    fronts: bool,
+) -> Result<Units> {
     const MAX_GROUPS: usize = u16::MAX as usize;
     const MAX_BLOCK_SIZE: u32 = 1 << 16;
     if groups.is_empty() || groups.len() > MAX_GROUPS {
@@ -140,7 +170,7 @@ pub(super) fn check_groups(op: &'static str, groups: &[GroupConfig]) -> Result<(
             format!("1 to {MAX_GROUPS}"),
         ));
     }
-    let (mut unit, mut alignment) = (0usize, 1usize);
+    let mut hashed = 0usize;
     for group in groups {
         if group.block_size == 0 || group.block_size > MAX_BLOCK_SIZE {
             return Err(Error::unsupported(
@@ -154,14 +184,20 @@ pub(super) fn check_groups(op: &'static str, groups: &[GroupConfig]) -> Result<(
         if group.kind == GroupKind::State && group.sink_tokens > 0 {
             return Err(Error::invalid(op, "a group of recurrent states has no sink tokens"));
         }
-        let block_size = group.block_size as usize;
-        unit = gcd(unit, block_size);
-        alignment = (alignment / gcd(alignment, block_size))
-            .checked_mul(block_size)
-            .filter(|&a| a <= u32::MAX as usize)
-            .ok_or_else(|| Error::invalid(op, "the block sizes have no common multiple"))?;
+        hashed = gcd(hashed, group.block_size as usize);
     }
-    Ok((unit, alignment))
+    let multiple = |of: fn(&GroupKind) -> bool| {
+        let sizes = groups.iter().filter(|group| of(&group.kind));
+        sizes.map(|group| group.block_size as usize).try_fold(hashed, |multiple, size| {
+            let multiple = (multiple / gcd(multiple, size)).checked_mul(size);
+            multiple.filter(|&multiple| multiple <= u32::MAX as usize)
+        })
+    };
+    let whole_blocks = multiple(|_| true)
+        .ok_or_else(|| Error::invalid(op, "the block sizes have no common multiple"))?;
+    let states = multiple(|kind| *kind == GroupKind::State).unwrap_or(whole_blocks);
+    let alignment = if fronts { states } else { whole_blocks };
+    Ok(Units { hashed, alignment, whole_blocks })
 }
 
 fn gcd(a: usize, b: usize) -> usize {

@@ -57,11 +57,12 @@ pub(super) fn lacking(
     }
 }
 
-/// Gives the rows of a sequence of `before` tokens what they lack. The caller has checked that there is room.
+/// Gives the rows of a sequence what they lack. Where it goes on in a group, inside of a block that may be anybody's, is
+/// for `before` to say. The caller has checked that there is room.
 pub(super) fn grow(
     grower: Grower<'_>,
     rows: &mut [Row],
-    before: usize,
+    before: impl Fn(&Group, &Table) -> usize,
     goal: Goal<'_>,
     mut new_block: impl FnMut(usize, BlockId),
 ) {
@@ -72,6 +73,7 @@ pub(super) fn grow(
             debug_assert!(id.is_some(), "room was checked");
             id.inspect(|&id| new_block(g, id))
         };
+        let before = before(group, &row.table);
         if let Some(b) = shared_tail(group, &device.pool, &row.table, before)
             && let Some(to) = take(device)
         {
@@ -101,6 +103,7 @@ pub(super) fn grow(
             continue;
         }
         let lacks = goal.slots.div_ceil(group.block_size).saturating_sub(row.table.len());
+        row.table.make_room(lacks);
         device.take_each(g, lacks, events, |id| {
             row.table.push(id);
             new_block(g, id);

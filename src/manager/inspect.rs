@@ -8,7 +8,8 @@ impl Manager {
         &self.config
     }
 
-    /// Hits are multiples of this many tokens: the least common multiple of the block sizes.
+    /// Hits are multiples of this many tokens: the least common multiple of the sizes of all blocks that serve hits as
+    /// a whole only, which are those of recurrent states and, where [`Retention::fronts`] says no, all.
     pub fn alignment(&self) -> usize {
         self.policy.alignment
     }
@@ -62,7 +63,7 @@ impl Manager {
                     if !group.needs(b, hit.tokens) || row.get(b).is_some_and(|&id| id != NULL) {
                         return 0;
                     }
-                    let hash = tokens.hashes().get(group.key_index(b));
+                    let hash = tokens.hashes().get(group.key_index_in(b, hit.tokens));
                     let host = hash.zip(self.host.as_ref());
                     if host.is_some_and(|(hash, h)| h.find(g, hash).is_some()) { 1 } else { 2 }
                 });

@@ -14,6 +14,7 @@ mod branch;
 mod config;
 mod events;
 mod eviction;
+mod fronts;
 mod groups;
 mod grow;
 mod hash;
@@ -59,14 +60,14 @@ pub use self::tiers::{
 pub use self::transfer::{Direction, Path, Place, Transfer};
 
 use self::allocate::{cache, check_room};
-use self::config::check_groups;
+use self::config::{Units, check_groups};
 use self::events::Events;
 use self::groups::Group;
 use self::hash::CheapMap;
 use self::offload::{offer, vouch};
 use self::overlap::{check_loaded, check_runs};
 use self::pins::Pins;
-use self::pool::{Block, NULL, Pool};
+use self::pool::{NULL, Pool};
 use self::preempt::Preempted;
 use self::prefetch::Prefetches;
 use self::quota::Tenants;
@@ -159,7 +160,9 @@ impl Manager {
     /// The others of [`Self::new`].
     pub fn oversubscribed(config: ManagerConfig) -> Result<Self> {
         const OP: &str = "manager";
-        let (unit, alignment) = check_groups(OP, &config.groups)?;
+        let fronts = config.retention.fronts && config.prefix_caching;
+        let Units { hashed: unit, alignment, whole_blocks } =
+            check_groups(OP, &config.groups, fronts)?;
         if config.max_model_len == 0 {
             return Err(Error::invalid(OP, "max_model_len is 0"));
         }
@@ -182,14 +185,29 @@ impl Manager {
         if config.host.is_some() && !config.prefix_caching {
             return Err(Error::invalid(OP, "a host tier needs prefix caching"));
         }
-        let groups: Vec<Group> = config.groups.iter().map(|g| Group::new(g, unit)).collect();
+        let groups: Vec<Group> =
+            config.groups.iter().map(|g| Group::new(g, unit, alignment)).collect();
+        let fronts = groups.iter().map(Group::fronts_per_block).max().unwrap_or(0);
+        let places = (1 + fronts as u64) * u64::from(config.num_blocks);
+        if places > u64::from(u32::MAX) {
+            return Err(Error::unsupported(
+                OP,
+                "a number of blocks and of their fronts of",
+                places,
+                format!("up to {}; retention without fronts has fewer", u32::MAX),
+            ));
+        }
         if let Some(host) = &config.host {
             host.check(OP, &groups)?;
         }
         Ok(Self {
-            policy: Policy::new(config.retention, alignment, &groups),
+            policy: Policy::new(config.retention, alignment, whole_blocks, &groups),
             hash_block: if config.prefix_caching { unit } else { 0 },
-            device: DeviceTier::new(Pool::new(config.num_blocks, config.eviction), groups.len()),
+            device: DeviceTier::new(
+                Pool::new(config.num_blocks, config.eviction),
+                groups.len(),
+                fronts,
+            ),
             host: config.host.as_ref().map(|host| host.tier(groups.len())),
             storage: None,
             storage_config: None,
@@ -279,12 +297,14 @@ impl Manager {
         }
         if let (Some(host), Some(config)) = (&mut self.host, &self.config.host) {
             let (flights, stats) = (&mut self.flights, &mut self.stats);
-            let events = &mut self.events;
-            let to_persist = &mut self.to_persist;
             let (groups, policy, device) = (&self.groups, &self.policy, &mut self.device);
-            let parts = (flights, events, stats, &mut *to_persist);
+            let parts = (flights, &mut self.events, stats, &mut self.to_persist);
             offer(groups, policy, config, device, host, parts, sequence);
-            vouch(&self.groups, &mut self.device, host, to_persist, sequence, settled);
+        }
+        if self.host.is_some() || self.policy.has_fronts() {
+            let (groups, device, host) = (&self.groups, &mut self.device, self.host.as_mut());
+            let (to_persist, events) = (&mut self.to_persist, &mut self.events);
+            vouch(groups, device, host, to_persist, events, sequence, settled);
         }
         for (g, group) in self.groups.iter().enumerate() {
             let table = &sequence.rows[g].table;
@@ -307,9 +327,16 @@ impl Manager {
         if self.drop_preempted(seq) {
             return Ok(());
         }
-        let Some(mut sequence) = self.sequences.remove(&seq) else {
+        let Some(sequence) = self.sequences.remove(&seq) else {
             return Err(Error::new("free", ErrorKind::UnknownSequence(seq)));
         };
+        let whole = sequence.loading == 0 && !sequence.repaired;
+        self.end(sequence, whole);
+        Ok(())
+    }
+
+    /// Gives back what a sequence holds. `whole`: its unfinished blocks hold what they should.
+    fn end(&mut self, mut sequence: Sequence, whole: bool) {
         if let Some(inherited) = sequence.inherited {
             // Who was forked from it counts on what it had not finished of its parent's.
             let of = self.sequences.values_mut().filter_map(|other| other.inherited.as_mut());
@@ -318,24 +345,32 @@ impl Manager {
                 *other = Inherited { tokens, ..inherited };
             }
         }
+        self.events.seal();
         self.policy.end(&self.groups, &mut sequence);
-        if let (Some(host), Some(config)) = (&mut self.host, &self.config.host) {
-            if sequence.boundaries.end > 0 {
-                self.events.seal();
-                let (flights, stats) = (&mut self.flights, &mut self.stats);
-                let (groups, policy, device) = (&self.groups, &self.policy, &mut self.device);
-                let parts = (flights, &mut self.events, stats, &mut self.to_persist);
-                offer(groups, policy, config, device, host, parts, &mut sequence);
-            }
-            let (to_persist, computed) = (&mut self.to_persist, sequence.computed);
-            vouch(&self.groups, &mut self.device, host, to_persist, &mut sequence, computed);
+        if let (Some(host), Some(config)) = (&mut self.host, &self.config.host)
+            && sequence.boundaries.end > 0
+        {
+            let (flights, stats) = (&mut self.flights, &mut self.stats);
+            let (groups, policy, device) = (&self.groups, &self.policy, &mut self.device);
+            let parts = (flights, &mut self.events, stats, &mut self.to_persist);
+            offer(groups, policy, config, device, host, parts, &mut sequence);
+        }
+        let settled = if whole { sequence.tokens.len() } else { sequence.computed };
+        if self.host.is_some() || self.policy.has_fronts() {
+            let (groups, device, host) = (&self.groups, &mut self.device, self.host.as_mut());
+            let (to_persist, events) = (&mut self.to_persist, &mut self.events);
+            vouch(groups, device, host, to_persist, events, &mut sequence, settled);
+        }
+        if whole {
+            self.keep_unfinished(&mut sequence);
         }
         self.policy.release_all(&self.groups, &mut self.device.pool, &sequence);
         // Its copies in lower tiers become recent, the start of the sequence most of all.
         for tier in self.host.iter_mut().chain(&mut self.storage) {
             for (g, (group, row)) in self.groups.iter().zip(&sequence.rows).enumerate() {
                 for &b in row.stored.iter().rev() {
-                    let hash = &sequence.tokens.hashes()[group.key_index(b as usize)];
+                    let key = group.key_index_in(b as usize, sequence.tokens.len());
+                    let hash = &sequence.tokens.hashes()[key];
                     if let Some(slot) = tier.slot_of(g, hash) {
                         tier.released(slot);
                     }
@@ -343,7 +378,6 @@ impl Manager {
             }
         }
         self.pump();
-        Ok(())
     }
 
     /// Ends a sequence whose step failed: blocks that hold tokens which are not settled are not findable
@@ -373,9 +407,7 @@ impl Manager {
                     shared.insert(id);
                 }
                 if block.cached {
-                    self.device.remove(id);
-                    let Block { index, hash, .. } = block;
-                    self.events.push(EventKind::Removed, g as u32, Tier::Device, index, hash);
+                    self.device.remove(id, &mut self.events);
                 }
             }
             if let Some(host) = &mut self.host {
@@ -398,7 +430,9 @@ impl Manager {
         dependents.extend(self.sequences.iter().filter(|(_, s)| inherits(s)).map(|(&id, _)| id));
         dependents.sort_unstable();
         dependents.dedup();
-        self.free(seq)?;
+        if let Some(sequence) = self.sequences.remove(&seq) {
+            self.end(sequence, false);
+        }
         Ok(dependents)
     }
 
@@ -448,12 +482,9 @@ impl Manager {
     pub fn forget(&mut self, seq: SeqId, group: usize, index: usize) -> Result<()> {
         let (row, _) = self.row("forget", seq, group)?;
         let id = row.table.get(index);
-        let block = *self.device.pool.block(id);
-        if block.cached {
-            self.device.remove(id);
+        if self.device.pool.block(id).cached {
             self.events.seal();
-            let Block { index, hash, .. } = block;
-            self.events.push(EventKind::Removed, group as u32, Tier::Device, index, hash);
+            self.device.remove(id, &mut self.events);
         }
         Ok(())
     }

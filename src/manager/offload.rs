@@ -3,7 +3,6 @@
 
 use std::collections::HashSet;
 
-use super::events::EventKind;
 use super::table::Table;
 use super::tiers::slots::{Reserved, Source};
 use super::*;
@@ -28,12 +27,11 @@ pub(super) fn offer(
     (flights, events, stats, to_persist): OfferParts<'_>,
     sequence: &mut Sequence,
 ) {
-    let uses = match config.write {
-        WritePolicy::Through => 1,
-        WritePolicy::Selective { uses } => uses,
-        WritePolicy::Back => return,
-    };
+    if config.write == WritePolicy::Back {
+        return;
+    }
     let mut stored: usize = sequence.rows.iter().map(|row| row.stored.len()).sum();
+    let mut parts = (flights, events, stats, to_persist);
     while stored < host.capacity() {
         let ends = groups
             .iter()
@@ -41,72 +39,109 @@ pub(super) fn offer(
             .enumerate()
             .map(|(g, (group, row))| ((row.offered + 1) * group.block_size, g));
         let Some((_, g)) = ends.filter(|&(end, _)| end <= sequence.computed).min() else { return };
-        let row = &mut sequence.rows[g];
-        let (b, id) = (row.offered, row.table.get(row.offered));
-        row.offered += 1;
+        let b = sequence.rows[g].offered;
+        sequence.rows[g].offered += 1;
         if !policy.offers(&groups[g], &sequence.boundaries, b) {
             continue;
         }
-        let block = device.pool.block_mut(id);
-        if block.cached && u32::from(block.uses) + 1 < uses {
-            block.uses = block.uses.saturating_add(1);
-        } else if block.cached {
-            let settled = block.settled;
-            let entry = device.pool.order.entry(id);
-            let hash = sequence.tokens.hashes()[groups[g].key_index(b)];
-            let room = flights.in_flight(Direction::Offload) < config.max_offloads as usize
-                && host.lets_through();
-            match if room {
-                host.reserve(
-                    (g, hash),
-                    b as u32,
-                    Source { block: id, entry, tenant: sequence.tenant },
-                    events,
-                )
-            } else {
-                Reserved::Full
-            } {
-                Reserved::Held => {}
-                Reserved::New(slot) => {
-                    host.started();
-                    device.pool.pin(id);
-                    let path = Path::Offload { from: id, to: slot };
-                    flights.start(path, (g, hash), b, None);
-                    stats.of(Direction::Offload).started += 1;
-                }
-                Reserved::Full => {
-                    row.offered = b;
-                    stats.offloads_refused += 1;
-                    return;
-                }
+        match offer_block(config, device, host, &mut parts, sequence, (g, b)) {
+            Offered::Not => {}
+            Offered::Stored => stored += 1,
+            Offered::Refused => {
+                sequence.rows[g].offered = b;
+                return;
             }
-            if settled {
-                to_persist.extend(host.settle(g, &hash, id));
-            }
-            row.stored.push(b as u32);
-            stored += 1;
         }
     }
 }
 
-/// Notes that a sequence's tokens up to `settled` are settled: copies of the blocks it has computed are good for
-/// storage. What it hit is for whoever computed that to vouch for.
+/// What became of a block that was offered.
+#[derive(PartialEq, Eq)]
+pub(super) enum Offered {
+    /// It is not findable, or has not been used often enough.
+    Not,
+    Stored,
+    Refused,
+}
+
+/// Offers block `b` of a row.
+pub(super) fn offer_block(
+    config: &HostConfig,
+    device: &mut DeviceTier,
+    host: &mut SlotTier,
+    (flights, events, stats, to_persist): &mut OfferParts<'_>,
+    sequence: &mut Sequence,
+    (g, b): (usize, usize),
+) -> Offered {
+    let uses = match config.write {
+        WritePolicy::Through => 1,
+        WritePolicy::Selective { uses } => uses,
+        WritePolicy::Back => return Offered::Not,
+    };
+    let row = &mut sequence.rows[g];
+    let id = row.table.get(b);
+    let block = device.pool.block_mut(id);
+    if !block.cached {
+        return Offered::Not;
+    }
+    if u32::from(block.uses) + 1 < uses {
+        block.uses = block.uses.saturating_add(1);
+        return Offered::Not;
+    }
+    let (hash, settled) = (block.hash, block.settled);
+    let room =
+        flights.in_flight(Direction::Offload) < config.max_offloads as usize && host.lets_through();
+    let source = Source { block: id, entry: device.pool.order.entry(id), tenant: sequence.tenant };
+    let reserved = match room {
+        true => host.reserve((g, hash), b as u32, source, events),
+        false => Reserved::Full,
+    };
+    match reserved {
+        Reserved::Held => {}
+        Reserved::New(slot) => {
+            host.started();
+            device.pool.pin(id);
+            flights.start(Path::Offload { from: id, to: slot }, (g, hash), b, None);
+            stats.of(Direction::Offload).started += 1;
+        }
+        Reserved::Full => {
+            stats.offloads_refused += 1;
+            return Offered::Refused;
+        }
+    }
+    if settled {
+        to_persist.extend(host.settle(g, &hash, id));
+    }
+    row.stored.push(b as u32);
+    Offered::Stored
+}
+
+/// Notes that a sequence's tokens up to `settled` are settled: the blocks it has computed are findable by their
+/// fronts, and copies of them are good for storage. What it hit is for whoever computed that to vouch for.
 pub(super) fn vouch(
     groups: &[Group],
     device: &mut DeviceTier,
-    host: &mut SlotTier,
+    mut host: Option<&mut SlotTier>,
     to_persist: &mut VecDeque<HostSlot>,
+    events: &mut Events,
     sequence: &mut Sequence,
     settled: usize,
 ) {
+    let hashes = sequence.tokens.hashes();
     for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
         let end = (settled / group.block_size).min(row.table.len());
         for b in row.settled..end {
             let id = row.table.get(b);
             let block = device.pool.block_mut(id);
-            if block.cached {
-                block.settled = true;
+            if !block.cached {
+                continue;
+            }
+            block.settled = true;
+            if let Some(host) = &mut host {
                 to_persist.extend(host.settle(g, &block.hash, id));
+            }
+            if group.fronts {
+                device.insert_fronts(id, &hashes[group.front_indices(b)], events);
             }
         }
         row.settled = row.settled.max(end);
@@ -199,9 +234,7 @@ impl Manager {
         let block = *self.device.pool.block(id);
         let back = self.config.host.as_ref().is_some_and(|host| host.write == WritePolicy::Back);
         if back && block.cached && block.users == 0 {
-            self.device.remove(id);
-            let (group, index) = (block.group.into(), block.index);
-            self.events.push(EventKind::Removed, group, Tier::Device, index, block.hash);
+            self.device.remove(id, &mut self.events);
             self.stats.evictions_dropped += 1;
         }
     }

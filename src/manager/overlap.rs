@@ -16,8 +16,7 @@ impl Manager {
     ///
     /// # Errors
     /// `UnknownSequence`; `NotReady` while some of its loads have not been handed out by
-    /// [`Self::next_transfer`]: there is nothing to wait for yet; `InvalidArgument` for a resumed sequence whose
-    /// tail block is on its way, which its next step would write. Nothing is changed.
+    /// [`Self::next_transfer`]: there is nothing to wait for yet. Nothing is changed.
     pub fn overlap(&mut self, seq: SeqId) -> Result<()> {
         const OP: &str = "overlap";
         let Some(sequence) = self.sequences.get_mut(&seq) else {
@@ -26,16 +25,6 @@ impl Manager {
         if sequence.pending > 0 {
             let transfers = sequence.pending;
             return Err(Error::new(OP, ErrorKind::NotReady { seq, transfers }));
-        }
-        let inside = |group: &Group| !sequence.computed.is_multiple_of(group.block_size);
-        if sequence.loading > 0 && self.groups.iter().any(inside) {
-            return Err(Error::invalid(
-                OP,
-                format!(
-                    "sequence {seq} goes on inside of a block that is being loaded: its first step waits for its \
-                     loads"
-                ),
-            ));
         }
         sequence.overlapped |= sequence.loading > 0;
         Ok(())

@@ -60,8 +60,8 @@ impl Manager {
             Tier::Host => self.host.as_ref(),
             Tier::Storage => self.storage.as_ref(),
         };
-        let place = |g: usize, b: usize| {
-            let hash = prompt.hashes().get(self.groups[g].key_index(b))?;
+        let place = |g: usize, b: usize, tokens: usize| {
+            let hash = prompt.hashes().get(self.groups[g].key_index_in(b, tokens))?;
             match (tier, lower) {
                 (Tier::Device, _) => Some(self.device.find(g, hash)).filter(|&id| id != NULL),
                 (_, lower) => lower?.find(g, hash),
@@ -70,9 +70,10 @@ impl Manager {
         let alignment = self.policy.alignment;
         let given = groups::align_down(prompt.hashes().len() * self.hash_block, alignment);
         let numbered = self.groups.iter().enumerate();
-        let tokens = fixed_point(numbered.clone(), given, alignment, |g, b| place(g, b).is_some());
+        let is_there = |g: usize, b: usize, n: usize| place(g, b, n).is_some();
+        let tokens = fixed_point(numbered.clone(), given, alignment, is_there);
         let places: Vec<u32> = numbered
-            .flat_map(|(g, group)| group.needed(tokens).filter_map(move |b| place(g, b)))
+            .flat_map(|(g, group)| group.needed(tokens).filter_map(move |b| place(g, b, tokens)))
             .collect();
 
         let capacity = match lower {

@@ -40,6 +40,13 @@ pub(super) struct Block {
     pins: u32,
 }
 
+impl Block {
+    /// Whether this is the content of a block of `group` whose key is `hash`.
+    pub fn holds(&self, group: usize, hash: &BlockHash) -> bool {
+        self.hash == *hash && usize::from(self.group) == group
+    }
+}
+
 /// Where a block with content stands in line when it has no user any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Standing {

@@ -83,7 +83,7 @@ impl Manager {
         // Group, index, block and key of all that it needs to go on, the start first.
         let mut blocks = Vec::new();
         for (g, (group, row)) in self.groups.iter().zip(&sequence.rows).enumerate() {
-            for index in group.held(computed) {
+            for index in group.needed(computed) {
                 // The slot of a state may have gone ahead, with the state of what is computed.
                 let ahead = || {
                     row.table.indices_from(index).map(|b| row.table.get(b)).find(|&id| id != NULL)
@@ -248,6 +248,7 @@ impl Manager {
             settled: computed,
             rows,
             boundaries,
+            hit: computed,
             generation,
             inherited: None,
             loading: ids.len(),
@@ -258,11 +259,9 @@ impl Manager {
             begun: false,
         };
         let Self { groups, policy, device, copies, events, .. } = self;
-        for (g, (group, row)) in groups.iter().zip(&mut sequence.rows).enumerate() {
-            let grower = Grower { groups: &groups[g..=g], policy, device, copies, events };
-            let rows = std::slice::from_mut(row);
-            grow(grower, rows, edge(group), goal, |_, id| new_blocks[g].push(id));
-        }
+        let grower = Grower { groups, policy, device, copies, events };
+        let before = |group: &Group, _: &Table| edge(group);
+        grow(grower, &mut sequence.rows, before, goal, |g, id| new_blocks[g].push(id));
         cache(groups, policy, device, events, &mut sequence);
         self.sequences.insert(seq, sequence);
         Ok(Allocation {

@@ -97,7 +97,7 @@ impl Manager {
         let mut wants = Vec::new();
         for (g, (group, row)) in self.groups.iter().zip(&rows).enumerate() {
             for b in group.needed(tokens).filter(|&b| row.get(b) == NULL) {
-                let hash = prompt.hashes()[group.key_index(b)];
+                let hash = prompt.hashes()[group.key_index_in(b, tokens)];
                 if host.find(g, &hash).is_none()
                     && let Some(from) = storage.find(g, &hash)
                 {

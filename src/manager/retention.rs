@@ -43,6 +43,8 @@ pub(super) struct Boundaries {
 pub(super) struct Policy {
     retention: Retention,
     pub alignment: usize,
+    /// The least common multiple of the block sizes: prefixes that are whole blocks in every group.
+    pub whole_blocks: usize,
     /// The group whose uses stand for those of all others: the first full one.
     pub lead: Option<usize>,
     /// Whether hits end near retained boundaries only.
@@ -50,7 +52,12 @@ pub(super) struct Policy {
 }
 
 impl Policy {
-    pub fn new(retention: Retention, alignment: usize, groups: &[Group]) -> Self {
+    pub fn new(
+        retention: Retention,
+        alignment: usize,
+        whole_blocks: usize,
+        groups: &[Group],
+    ) -> Self {
         let ties = |group: &Group| {
             matches!(
                 group.kind,
@@ -60,9 +67,15 @@ impl Policy {
         Self {
             retention,
             alignment,
+            whole_blocks,
             lead: groups.iter().position(Group::is_full),
             tied: retention.interval.is_some() && groups.iter().any(ties),
         }
+    }
+
+    /// Whether hits can end inside of a block.
+    pub fn has_fronts(&self) -> bool {
+        self.alignment < self.whole_blocks
     }
 
     /// Boundaries of a prompt of this length that hits `hit` tokens and of which full groups hold `junction`.
@@ -137,7 +150,7 @@ impl Policy {
         }
         // Of the boundaries to the right of `b` the first needs most of what lies left; the second
         // matters when the first is a chunk edge, which needs nothing.
-        let first = ((b + 1) * group.block_size).next_multiple_of(step);
+        let first = (b * group.block_size + 1).next_multiple_of(step);
         self.tail_has(group, first, b) || self.tail_has(group, first.saturating_add(step), b)
     }
 
@@ -152,8 +165,8 @@ impl Policy {
         let Boundaries { replay, junction, end, .. } = *boundaries;
         let step = self.retention.interval.map_or(self.alignment, |k| k as usize);
         // Behind the next boundary at an interval, and where blocks may be the end, it is to be asked again.
-        let (next, asked) = match ((b + 1) * group.block_size).checked_next_multiple_of(step) {
-            Some(next) => (next, [replay, next].map(|e| e / group.block_size)),
+        let (next, asked) = match (b * group.block_size + 1).checked_next_multiple_of(step) {
+            Some(next) => (next, [replay / group.block_size, next.div_ceil(group.block_size)]),
             None => (0, [replay / group.block_size; 2]),
         };
         let tails = [replay, junction, end, next, next.saturating_add(step)];
@@ -168,13 +181,13 @@ impl Policy {
 
     /// The blocks that are retained for boundary `e`.
     fn tail(&self, group: &Group, e: usize) -> Range<usize> {
-        let (start, end) = (group.first_needed(e), e / group.block_size);
+        let Range { start, end } = group.tail(e);
         if start < end { start.saturating_sub(self.slack(group))..end } else { end..end }
     }
 
     /// Blocks kept to the left of every tail.
     fn slack(&self, group: &Group) -> usize {
-        let units = |n: usize| n * (self.alignment / group.block_size);
+        let units = |n: usize| (n * self.alignment).div_ceil(group.block_size);
         match (self.retention.slack, group.kind) {
             (Slack::Units(n), _) => units(n as usize),
             (Slack::ByKind, GroupKind::Attention(AttentionKind::Sliding { window })) => {
@@ -264,16 +277,22 @@ mod tests {
             kind in kinds(),
             block_size in 1u32..5,
             units in 1usize..4,
+            inside in any::<bool>(),
             interval in prop::option::of(0u32..4),
             slack in prop_oneof![Just(Slack::ByKind), (0u32..4).prop_map(Slack::Units)],
-            (ends, dense_chunks) in any::<(bool, bool)>(),
+            (ends, dense_chunks, fronts) in any::<(bool, bool, bool)>(),
             (replay, junction, end) in (0usize..60, 0usize..60, 0usize..60),
         ) {
-            let alignment = block_size as usize * units;
-            let group = Group::new(&GroupConfig::new(kind, block_size), block_size as usize);
+            // Hits end at multiples of several blocks, or inside of them.
+            let unit = block_size as usize;
+            let (block_size, alignment) = match inside && kind != GroupKind::State {
+                true => (block_size * units as u32, unit),
+                false => (block_size, unit * units),
+            };
+            let group = Group::new(&GroupConfig::new(kind, block_size), unit, alignment);
             let interval = interval.map(|n| n * alignment as u32);
-            let retention = Retention { interval, slack, ends, dense_chunks };
-            let policy = Policy::new(retention, alignment, &[group]);
+            let retention = Retention { interval, slack, ends, dense_chunks, fronts };
+            let policy = Policy::new(retention, alignment, alignment, &[group]);
             let aligned = |n| align_down(n, alignment);
             let boundaries = Boundaries {
                 hit: 0,

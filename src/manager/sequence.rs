@@ -63,6 +63,8 @@ pub(super) struct Sequence {
     pub begun: bool,
     pub rows: Vec<Row>,
     pub boundaries: Boundaries,
+    /// Tokens that it began with. What is loaded into a block that reaches beyond them is the sequence's own.
+    pub hit: usize,
     /// Whose quotas its blocks count for.
     pub tenant: TenantId,
     /// Tells it from earlier sequences of the same name.

@@ -87,6 +87,11 @@ impl Table {
         }
     }
 
+    /// Makes room for so many more blocks.
+    pub fn make_room(&mut self, blocks: usize) {
+        self.tail.reserve(blocks);
+    }
+
     /// Adds null blocks up to a length.
     pub fn fill_up(&mut self, len: usize) {
         (self.len()..len).for_each(|_| self.push(NULL));

@@ -3,7 +3,6 @@
 use std::collections::hash_map::Entry;
 use std::collections::{HashSet, VecDeque};
 
-use super::events::{EventKind, Tier};
 use super::groups::align_down;
 use super::hash::BlockHash;
 use super::pool::NULL;
@@ -343,20 +342,26 @@ impl Manager {
         };
         // What a preempted sequence kept for itself nobody else finds, and it is needed no longer.
         let private = load.hash == sequence.tokens.private(load.generation, load.index);
+        let group = &self.groups[load.group];
+        // It goes on in a block of which it loaded the front.
+        let own = private || (load.index + 1) * group.block_size > sequence.hit;
         if private
             && let Some(host) = &mut self.host
             && let Some(slot) = host.slot_of(load.group, &load.hash)
         {
             host.discard(slot, &mut self.events);
         }
-        if succeeded && !private {
-            self.device.insert(load.group, load.hash, load.index, load.block, 1);
+        if succeeded && !own {
+            let (key, events) = ((load.group, load.hash), &mut self.events);
+            self.device.insert(key, load.index, load.block, 1, events);
             self.device.pool.block_mut(load.block).tenant = sequence.tenant;
             let host = self.host.as_ref();
             let settled = host.is_some_and(|host| host.is_settled(load.group, &load.hash));
             self.device.pool.block_mut(load.block).settled = settled;
-            let (group, index) = (load.group as u32, load.index as u32);
-            self.events.push(EventKind::Stored, group, Tier::Device, index, load.hash);
+            if settled {
+                let fronts = &sequence.tokens.hashes()[group.front_indices(load.index)];
+                self.device.insert_fronts(load.block, fronts, events);
+            }
         } else if !succeeded {
             sequence.lost.push((load.group, load.index));
         }
@@ -382,8 +387,9 @@ impl Manager {
             }
         };
         if !matches!(told, Completion::Ready { .. }) {
-            // It is there: its loads have just ended.
-            let _ = self.free(seq);
+            if let Some(sequence) = self.sequences.remove(&seq) {
+                self.end(sequence, false);
+            }
         }
         self.told.push_back(told);
     }
@@ -395,12 +401,15 @@ impl Manager {
         let Self { groups, policy, device, sequences, events, .. } = self;
         let sequence = sequences.get_mut(&seq)?;
         let hit = sequence.computed;
-        // A resumed sequence can have computed part of a block.
-        let whole_hit = align_down(hit, policy.alignment);
+        // It goes on at the edge of a block in every group: what it found is not its own to write, and what it has
+        // copied or loaded of a block that it goes on in is worth less than another copy.
+        let alignment = policy.whole_blocks;
         let lost: HashSet<(usize, usize)> = sequence.lost.drain(..).collect();
-        let whole =
-            |g: usize, b: usize| sequence.rows[g].table.get(b) != NULL && !lost.contains(&(g, b));
-        let valid = fixed_point(groups.iter().enumerate(), whole_hit, policy.alignment, whole);
+        let whole = |g: usize, b: usize, _: usize| {
+            sequence.rows[g].table.get(b) != NULL && !lost.contains(&(g, b))
+        };
+        let whole_hit = align_down(hit, alignment);
+        let valid = fixed_point(groups.iter().enumerate(), whole_hit, alignment, whole);
 
         // Whatever lies between is written again, so it must be ours alone: found blocks are given back.
         let own = |pool: &Pool, id: BlockId| {

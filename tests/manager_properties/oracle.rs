@@ -8,7 +8,7 @@ use hybridkv::manager::{BlockId, ExtraKeys, Manager, ManagerConfig, Slack};
 use hybridkv::spec::{AttentionKind, GroupKind};
 use proptest::prelude::*;
 
-use super::{alignment, config, needed, prompt, sees};
+use super::{alignment, config, fronts, needed, prompt, sees, unit};
 
 /// What a cached block stands for: group, salt, and the tokens up to its end.
 type Key = (usize, String, Vec<u32>);
@@ -21,6 +21,8 @@ struct Sequence {
     junction: usize,
     tables: Vec<Vec<BlockId>>,
     considered: Vec<usize>,
+    /// Blocks before these are another sequence's, or settled.
+    settled_blocks: Vec<usize>,
     computed: usize,
     settled: usize,
 }
@@ -34,6 +36,8 @@ struct Oracle {
     users: Vec<u32>,
     /// Per block, what it is findable as, with the order in which that was said.
     keys: Vec<Option<(u64, Key)>>,
+    /// Per block, shorter prefixes that it is findable as, too.
+    fronts: Vec<Vec<Key>>,
     stamp: u64,
     sequences: BTreeMap<u64, Sequence>,
 }
@@ -42,10 +46,11 @@ impl Oracle {
     fn new(config: ManagerConfig) -> Self {
         let n = config.num_blocks;
         Self {
-            alignment: alignment(&config.groups),
+            alignment: alignment(&config.groups, config.retention.fronts),
             queue: [(1..n).collect(), Vec::new(), Vec::new()],
             users: vec![0; n as usize],
             keys: vec![None; n as usize],
+            fronts: vec![Vec::new(); n as usize],
             stamp: 0,
             sequences: BTreeMap::new(),
             config,
@@ -64,17 +69,25 @@ impl Oracle {
         };
         let first =
             (1..self.keys.len()).filter(named).min_by_key(|&id| self.keys[id].as_ref().unwrap().0);
-        first.unwrap_or(0) as BlockId
+        let key = (g, salt.to_owned(), prefix.to_vec());
+        let by_front = || self.fronts.iter().position(|fronts| fronts.contains(&key));
+        first.or_else(by_front).unwrap_or(0) as BlockId
     }
 
-    fn block(&self, g: usize, salt: &str, tokens: &[u32], b: usize) -> BlockId {
-        self.find(g, salt, &tokens[..(b + 1) * self.size(g)])
+    /// The block that has what the first `n` tokens have of block `b`.
+    fn block(&self, g: usize, salt: &str, tokens: &[u32], b: usize, n: usize) -> BlockId {
+        self.find(g, salt, &tokens[..((b + 1) * self.size(g)).min(n)])
+    }
+
+    fn forget(&mut self, id: BlockId) {
+        self.keys[id as usize] = None;
+        self.fronts[id as usize].clear();
     }
 
     fn hit(&self, salt: &str, tokens: &[u32]) -> usize {
         let serves = |n: usize| {
             self.config.groups.iter().enumerate().all(|(g, group)| {
-                needed(group, n).iter().all(|&b| self.block(g, salt, tokens, b) != 0)
+                needed(group, n).iter().all(|&b| self.block(g, salt, tokens, b, n) != 0)
             })
         };
         (0..tokens.len()).rev().find(|&n| n % self.alignment == 0 && serves(n)).unwrap()
@@ -86,7 +99,10 @@ impl Oracle {
             .filter(|&g| self.config.groups[g].kind == AttentionKind::Full.into())
             .collect();
         let serves = |n: usize| {
-            full.iter().all(|&g| (0..n / self.size(g)).all(|b| self.block(g, salt, tokens, b) != 0))
+            full.iter().all(|&g| {
+                let mut blocks = 0..n.div_ceil(self.size(g));
+                blocks.all(|b| self.block(g, salt, tokens, b, n) != 0)
+            })
         };
         match full.is_empty() {
             true => 0,
@@ -97,9 +113,9 @@ impl Oracle {
     }
 
     fn table(&self, g: usize, salt: &str, tokens: &[u32], hit: usize) -> Vec<BlockId> {
-        let mut row = vec![0; hit / self.size(g)];
+        let mut row = vec![0; hit.div_ceil(self.size(g))];
         for b in needed(&self.config.groups[g], hit) {
-            row[b] = self.block(g, salt, tokens, b);
+            row[b] = self.block(g, salt, tokens, b, hit);
         }
         row
     }
@@ -110,7 +126,7 @@ impl Oracle {
         self.queue.iter_mut().for_each(|queue| queue.retain(|id| !taken.contains(id)));
         for &id in &taken {
             self.users[id as usize] = 1;
-            self.keys[id as usize] = None;
+            self.forget(id);
         }
         taken
     }
@@ -149,7 +165,7 @@ impl Oracle {
             _ => false,
         };
         let slack = match (retention.slack, group.kind) {
-            (Slack::Units(n), _) => n as usize * self.alignment / size,
+            (Slack::Units(n), _) => (n as usize * self.alignment).div_ceil(size),
             (Slack::ByKind, GroupKind::Attention(AttentionKind::Sliding { window })) => {
                 (window as usize / 2).max(512).div_ceil(size)
             }
@@ -160,7 +176,7 @@ impl Oracle {
             let unsunk = super::GroupConfig { sink_tokens: 0, ..*group };
             let tail = needed(&unsunk, end);
             let Some(&first) = tail.first() else { return false };
-            (first.saturating_sub(slack)..end / size).contains(&b)
+            (first.saturating_sub(slack)..end.div_ceil(size)).contains(&b)
         };
         let every = match retention.interval {
             None => self.alignment,
@@ -170,7 +186,7 @@ impl Oracle {
         let mut ends = vec![align(sequence.prompt - 1), align(sequence.junction)];
         ends.extend(end.filter(|_| retention.ends).map(align));
         if every > 0 {
-            ends.extend((1..40).map(|k| k * every));
+            ends.extend((1..100).map(|k| k * every));
         }
         all || b * size < group.sink_tokens as usize || ends.into_iter().any(kept)
     }
@@ -216,24 +232,48 @@ impl Oracle {
         };
         let n = self.config.groups.len();
         sequence.tables = (0..n).map(|g| self.table(g, salt, prompt, hit)).collect();
-        sequence.considered = sequence.tables.iter().map(Vec::len).collect();
+        sequence.considered = (0..n).map(|g| hit / self.size(g)).collect();
+        sequence.settled_blocks = sequence.considered.clone();
         let hits: Vec<BlockId> =
             sequence.tables.concat().into_iter().filter(|&id| id != 0).collect();
-        let unused = hits.iter().filter(|&&id| self.users[id as usize] == 0).count();
+        let is_unused = |id: BlockId| self.users[id as usize] == 0;
+        let unused = hits.iter().filter(|&&id| is_unused(id)).count();
         let fresh: Vec<usize> =
             (0..n).map(|g| slots.div_ceil(self.size(g)) - sequence.tables[g].len()).collect();
-        if fresh.iter().sum::<usize>() + unused > self.queue.concat().len() {
+        // It goes on in copies of the blocks that the hit ends inside of or, where there is no room for them, in
+        // those that nobody else uses.
+        let inside = |g: usize| !hit.is_multiple_of(self.size(g));
+        let sources: Vec<(usize, BlockId)> = (0..n)
+            .filter(|&g| inside(g))
+            .map(|g| (g, *sequence.tables[g].last().unwrap()))
+            .collect();
+        let (least, room) = (fresh.iter().sum::<usize>() + unused, self.queue.concat().len());
+        let tight = least + sources.len() > room;
+        let (over, copied): (Vec<_>, Vec<_>) =
+            sources.into_iter().partition(|&(_, id)| tight && is_unused(id));
+        if least + copied.len() > room {
             return None;
         }
         for id in hits {
             self.users[id as usize] += 1;
             self.queue.iter_mut().for_each(|queue| queue.retain(|&queued| queued != id));
         }
+        over.into_iter().for_each(|(_, id)| self.forget(id));
         let mut new_blocks = Vec::new();
         for (g, fresh) in fresh.into_iter().enumerate() {
+            let mut all = Vec::new();
+            for &(_, source) in copied.iter().filter(|&&(of, _)| of == g) {
+                all = self.take(1);
+                *sequence.tables[g].last_mut().unwrap() = all[0];
+                self.users[source as usize] -= 1;
+                if self.users[source as usize] == 0 {
+                    self.queue[2].push(source);
+                }
+            }
             let taken = self.take(fresh);
             sequence.tables[g].extend(&taken);
-            new_blocks.push(taken);
+            all.extend(&taken);
+            new_blocks.push(all);
         }
         self.cache(&mut sequence);
         self.sequences.insert(seq, sequence);
@@ -266,6 +306,7 @@ impl Oracle {
     fn advance(&mut self, seq: u64, computed: usize, settled: usize) -> Vec<Vec<BlockId>> {
         let mut sequence = self.sequences[&seq].clone();
         (sequence.computed, sequence.settled) = (computed, settled);
+        self.settle(&mut sequence, settled);
         let mut freed = Vec::new();
         for g in 0..self.config.groups.len() {
             let (group, size) = (self.config.groups[g], self.size(g));
@@ -286,8 +327,66 @@ impl Oracle {
         freed
     }
 
+    /// Blocks whose tokens are settled are findable by their fronts.
+    fn settle(&mut self, sequence: &mut Sequence, settled: usize) {
+        for g in 0..self.config.groups.len() {
+            let end = settled / self.size(g);
+            for b in sequence.settled_blocks[g]..end {
+                let id = sequence.tables[g][b];
+                if self.keys[id as usize].is_some() {
+                    self.add_fronts(g, sequence, id, b, (b + 1) * self.size(g));
+                }
+            }
+            sequence.settled_blocks[g] = sequence.settled_blocks[g].max(end);
+        }
+    }
+
+    /// The fronts of a block that are shorter than the first `n` tokens.
+    fn add_fronts(&mut self, g: usize, sequence: &Sequence, id: BlockId, b: usize, n: usize) {
+        let group = &self.config.groups[g];
+        if !self.config.retention.fronts || self.size(g) == self.alignment {
+            return;
+        }
+        for front in fronts(group, unit(&self.config.groups), b).filter(|&front| front < n) {
+            let prefix = &sequence.tokens[..front];
+            if self.find(g, &sequence.salt, prefix) == 0 {
+                self.fronts[id as usize].push((g, sequence.salt.clone(), prefix.to_vec()));
+            }
+        }
+    }
+
+    /// What a sequence that ends has in its unfinished last blocks.
+    fn keep_unfinished(&mut self, sequence: &Sequence) {
+        let end = sequence.tokens.len();
+        for g in 0..self.config.groups.len() {
+            let b = end / self.size(g);
+            let mut ends = fronts(&self.config.groups[g], unit(&self.config.groups), b);
+            let Some(last) = ends.by_ref().filter(|&n| n <= end).last() else { continue };
+            let Some(&id) = sequence.tables[g].get(b) else { continue };
+            let finds = self.may_end_with(g, sequence, b) || self.keeps(g, sequence, b, Some(end));
+            let prefix = &sequence.tokens[..last];
+            let known = self.find(g, &sequence.salt, prefix) != 0;
+            if id == 0 || self.users[id as usize] > 1 || !finds || known {
+                continue;
+            }
+            self.stamp += 1;
+            let key = (g, sequence.salt.clone(), prefix.to_vec());
+            self.keys[id as usize] = Some((self.stamp, key));
+            self.add_fronts(g, sequence, id, b, last);
+        }
+    }
+
     fn free(&mut self, seq: u64) {
-        let sequence = self.sequences.remove(&seq).unwrap();
+        let mut sequence = self.sequences.remove(&seq).unwrap();
+        let end = sequence.tokens.len();
+        self.settle(&mut sequence, end);
+        if self.config.retention.fronts {
+            self.keep_unfinished(&sequence);
+        }
+        self.give_back(sequence);
+    }
+
+    fn give_back(&mut self, sequence: Sequence) {
         for g in 0..sequence.tables.len() {
             let blocks: Vec<usize> = (0..sequence.tables[g].len()).rev().collect();
             self.release(g, &sequence, &blocks, Some(sequence.tokens.len()));
@@ -299,7 +398,7 @@ impl Oracle {
         let mut dependents = Vec::new();
         for (g, table) in sequence.tables.iter().enumerate() {
             for &id in &table[(sequence.settled / self.size(g)).min(table.len())..] {
-                self.keys[id as usize] = None;
+                self.forget(id);
                 let holds = |other: &Sequence| id != 0 && other.tables[g].contains(&id);
                 dependents.extend(
                     self.sequences
@@ -309,7 +408,10 @@ impl Oracle {
                 );
             }
         }
-        self.free(seq);
+        let mut sequence = self.sequences.remove(&seq).unwrap();
+        let computed = sequence.computed;
+        self.settle(&mut sequence, computed);
+        self.give_back(sequence);
         dependents.sort_unstable();
         dependents.dedup();
         dependents
@@ -329,7 +431,7 @@ impl Oracle {
                 .iter()
                 .flatten()
                 .filter(|(_, key)| key.0 == g)
-                .map(|(_, key)| (key.2.len() / self.size(g) - 1) as u32)
+                .map(|(_, key)| ((key.2.len() - 1) / self.size(g)) as u32)
                 .collect();
             cached.sort_unstable();
             prop_assert_eq!(m.cached_indices(g), cached);
@@ -456,7 +558,7 @@ proptest! {
                         Some(s) if group < config.groups.len() => {
                             prop_assert!(given.is_ok());
                             let id = s.tables[group].get(index).copied().unwrap_or(0);
-                            oracle.keys[id as usize] = None;
+                            oracle.forget(id);
                         }
                         _ => prop_assert!(given.is_err()),
                     }
@@ -465,7 +567,7 @@ proptest! {
                     let idle = oracle.queue.concat().len() == config.num_blocks as usize - 1;
                     prop_assert_eq!(m.reset_prefix_cache(), idle);
                     if idle {
-                        oracle.keys.fill(None);
+                        (0..config.num_blocks).for_each(|id| oracle.forget(id));
                     }
                 }
             }

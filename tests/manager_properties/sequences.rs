@@ -36,22 +36,26 @@ impl World {
         let now = prompt.len().min(hit.saturating_add(budget));
         let slots = (now + lookahead).min(max_model_len);
         let (mut least, mut most) = (0, 0);
-        let mut loads = 0;
+        let (mut loads, mut inside) = (0, 0);
         for g in self.groups() {
             let size = self.size(g);
             let fresh = match self.is_state(g) {
                 true => now.div_ceil(size) - hit / size,
-                false => slots.div_ceil(size).saturating_sub(hit / size),
+                false => slots.div_ceil(size).saturating_sub(hit.div_ceil(size)),
             };
             most += fresh;
             least += if self.is_state(g) { 1 } else { fresh };
             for &b in &self.needed[g][hit] {
-                let on_device = self.finds(&[Tier::Device], g, path[(b + 1) * size - 1]);
+                let end = self.end_of(g, &path, b, hit);
+                let on_device = self.finds(&[Tier::Device], g, end);
                 loads += usize::from(!on_device);
                 let id = found.blocks[g].get(b).copied().unwrap_or(0);
                 let unused = !on_device || before.queue.contains(&id);
-                least += usize::from(unused);
-                most += usize::from(unused || hit < found.tokens);
+                // One that the hit ends inside of is copied; where room is short and nobody uses it, it is taken.
+                let copied = on_device && hit < (b + 1) * size;
+                inside += usize::from(copied);
+                least += usize::from(unused || copied);
+                most += usize::from(unused || hit < found.tokens) + usize::from(copied);
             }
         }
         let room = |blocks: usize| !too_long && blocks <= before.queue.len();
@@ -83,7 +87,7 @@ impl World {
         self.sequences.insert(seq, sequence);
         self.next += 1;
         self.prefetched = self.prefetched.filter(|_| !arrived);
-        if self.end_of_call(&writing, taken.len())? {
+        if self.end_of_call(&writing, taken.len() + inside)? {
             // A load that cannot be had at once may have been repaired at once.
             return Ok(());
         }
@@ -93,7 +97,8 @@ impl World {
             prop_assert_eq!(table.len(), tokens.div_ceil(size));
             for (b, &id) in found.blocks[g].iter().enumerate().filter(|_| hit == found.tokens) {
                 let load = id == 0 && self.needed[g][hit].contains(&b);
-                let right = if load { taken.contains(&table[b]) } else { table[b] == id };
+                let copied = id != 0 && hit < (b + 1) * size && taken.contains(&table[b]);
+                let right = if load { taken.contains(&table[b]) } else { table[b] == id || copied };
                 prop_assert!(right, "block {} of group {}", b, g);
             }
         }
@@ -122,7 +127,11 @@ impl World {
             let tail = table.get(start / size).filter(|_| start % size > 0);
             let shared = tail.is_some_and(|id| {
                 before.users.iter().any(|&(user, users)| user == *id && users > 1)
-                    || self.flying.iter().any(|flight| flight.transfer.path.block() == Some(*id))
+                    || sequence.trial.is_none()
+                        && self
+                            .flying
+                            .iter()
+                            .any(|flight| flight.transfer.path.block() == Some(*id))
             });
             least += fresh + usize::from(shared);
             most += fresh + usize::from(tail.is_some());
@@ -279,8 +288,7 @@ impl World {
             begun &= flying.count() == waiting;
         }
         prop_assert_eq!(loading > 0, !sequence.ready && !sequence.swapped);
-        let inside = self.groups().any(|g| !sequence.computed.is_multiple_of(self.size(g)));
-        prop_assert_eq!(allowed, !sequence.swapped && begun && (loading == 0 || !inside));
+        prop_assert_eq!(allowed, !sequence.swapped && begun);
         if allowed && loading > 0 {
             self.sequences.get_mut(&seq).unwrap().trial.get_or_insert_default();
         }
@@ -568,9 +576,9 @@ impl World {
     pub fn forget(&mut self, seq: u64, g: usize, index: usize) -> Check {
         let swapped = self.sequences[&seq].swapped;
         let id = self.table(seq, g).get(index).copied().unwrap_or(0);
-        let end = (index + 1) * self.size(g);
-        let node = self.sequences[&seq].path.get(end - 1).filter(|_| id != 0);
-        self.void.extend(node.map(|&node| (Tier::Device, g, node)));
+        let tokens = self.sequences[&seq].path.iter().skip(index * self.size(g));
+        let nodes = tokens.take(self.size(g)).filter(|_| id != 0);
+        self.void.extend(nodes.map(|&node| (Tier::Device, g, node)));
         let writing = self.writing();
         prop_assert_eq!(self.m.forget(seq, g, index).is_err(), swapped);
         if id != 0 {

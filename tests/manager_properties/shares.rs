@@ -18,7 +18,7 @@ impl World {
         let blocks: Vec<_> = self
             .groups()
             .flat_map(|g| self.needed[g][tokens].iter().map(move |b| (g, *b)))
-            .map(|(g, b)| (g, path[(b + 1) * self.size(g) - 1]))
+            .map(|(g, b)| (g, self.end_of(g, &path, b, tokens)))
             .collect();
         let pinned = self.pinned_in(tier);
         let usage = self.m.usage();

@@ -12,7 +12,7 @@ use hybridkv::spec::GroupKind;
 use proptest::prelude::*;
 
 use super::prefixes::{Node, Prefixes};
-use super::{LONGEST_PROMPT, alignment, gcd, needed};
+use super::{LONGEST_PROMPT, alignment, needed, unit};
 
 pub type Check<T = ()> = Result<T, TestCaseError>;
 
@@ -157,15 +157,15 @@ impl World {
             m.set_quota(tier, salt, None).unwrap();
         }
         let longest = LONGEST_PROMPT.max(config.max_model_len as usize);
-        let lengths = 0..longest + 2 * alignment(&config.groups);
+        let alignment = alignment(&config.groups, config.retention.fronts);
+        let lengths = 0..longest + 2 * alignment;
         let needed_by =
             |group| lengths.clone().map(|n| needed(group, n)).collect::<Vec<Vec<usize>>>();
-        let unit = config.groups.iter().map(|g| g.block_size as usize).reduce(gcd);
         let tiers = [Tier::Device, Tier::Host, Tier::Storage];
         Self {
             m,
-            alignment: alignment(&config.groups),
-            unit: unit.unwrap(),
+            alignment,
+            unit: unit(&config.groups),
             needed: config.groups.iter().map(needed_by).collect(),
             prefixes: Prefixes::default(),
             device: vec![GARBAGE; config.num_blocks as usize],
@@ -248,6 +248,16 @@ impl World {
         }
     }
 
+    /// Tokens that a block which ends with this prefix holds.
+    pub fn filled(&self, group: usize, node: Node) -> usize {
+        (self.prefixes.len(node) - 1) % self.size(group) + 1
+    }
+
+    /// The prefix that what the first `n` tokens of a path have of block `b` ends.
+    pub fn end_of(&self, g: usize, path: &[Node], b: usize, n: usize) -> Node {
+        path[((b + 1) * self.size(g)).min(n) - 1]
+    }
+
     /// What a block that ends with this prefix holds.
     pub fn content(&self, group: usize, mut node: Node) -> Content {
         let mut content = GARBAGE;
@@ -255,7 +265,7 @@ impl World {
             content[0] = kv(group, node);
             return content;
         }
-        for t in (0..self.size(group)).rev() {
+        for t in (0..self.filled(group, node)).rev() {
             content[t] = kv(group, node);
             node = self.prefixes.parent(node);
         }
@@ -290,8 +300,8 @@ impl World {
                 let Some(node) = self.prefixes.named(hash) else {
                     return Err(TestCaseError::fail("an event of a hash that nothing has"));
                 };
-                let end = (index as usize + 1) * self.size(g);
-                prop_assert_eq!(self.prefixes.len(node), end, "the index of an event");
+                let inside = (self.prefixes.len(node) - 1) / self.size(g);
+                prop_assert_eq!(inside, index as usize, "the index of an event");
                 let mirror = self.found.get_mut(&tier).unwrap();
                 let copies = mirror.entry((g, node)).or_default();
                 if kind == EventKind::Stored {
@@ -344,8 +354,8 @@ impl World {
     pub fn longest(&self, path: &[Node], tiers: &[Tier]) -> usize {
         let whole = |n: &usize| {
             self.groups().all(|g| {
-                let size = self.size(g);
-                self.needed[g][*n].iter().all(|b| self.finds(tiers, g, path[(b + 1) * size - 1]))
+                let mut needed = self.needed[g][*n].iter();
+                needed.all(|&b| self.finds(tiers, g, self.end_of(g, path, b, *n)))
             })
         };
         let lengths = (0..path.len()).rev().filter(|n| n % self.alignment == 0);
@@ -354,7 +364,7 @@ impl World {
 
     /// Whether a block that is findable as the end of this prefix is what it should be, as far as it has been
     /// computed: another sequence may yet be about to.
-    fn is_right(&self, g: usize, b: usize, id: BlockId, path: &[Node]) -> bool {
+    fn is_right(&self, g: usize, b: usize, id: BlockId, path: &[Node], n: usize) -> bool {
         let size = self.size(g);
         let found = self.device[id as usize];
         let pending = |tokens: usize| {
@@ -365,8 +375,11 @@ impl World {
         if self.is_state(g) {
             return found[0] == kv(g, path[(b + 1) * size - 1]) || pending((b + 1) * size);
         }
-        let right = |t: usize| found[t] == kv(g, path[b * size + t]) || pending(b * size + t + 1);
-        (0..size).all(right)
+        // Of a block that is copied all is there that is asked for.
+        let whole = (b + 1) * size <= n;
+        let right =
+            |t: usize| found[t] == kv(g, path[b * size + t]) || whole && pending(b * size + t + 1);
+        (0..size.min(n - b * size)).all(right)
     }
 
     pub fn lookup(&mut self, tokens: &[u32], keys: ExtraKeys<'_>) -> Check<Hit> {
@@ -379,13 +392,16 @@ impl World {
         prop_assert_eq!(hit.tokens, all, "over all tiers");
         for g in self.groups() {
             let size = self.size(g);
-            prop_assert_eq!(hit.blocks[g].len(), hit.tokens / size);
+            prop_assert_eq!(hit.blocks[g].len(), hit.tokens.div_ceil(size));
             for (b, &id) in hit.blocks[g].iter().enumerate() {
-                let end = path[(b + 1) * size - 1];
+                let end = self.end_of(g, &path, b, hit.tokens);
                 let is_needed = self.needed[g][hit.tokens].contains(&b);
                 let wanted = is_needed && self.finds(&[Device], g, end);
                 prop_assert_eq!(id != 0, wanted, "block {} of group {}", b, g);
-                prop_assert!(!wanted || self.is_right(g, b, id, &path), "a hit on garbage");
+                prop_assert!(
+                    !wanted || self.is_right(g, b, id, &path, hit.tokens),
+                    "a hit on garbage"
+                );
             }
         }
         Ok(hit)

@@ -65,6 +65,11 @@ impl History {
         ((u64::from(key as u32) * self.lines.len() as u64) >> 32) as usize
     }
 
+    /// Reads the line of a content that is about to be written down.
+    pub fn warm(&self, key: u64) {
+        std::hint::black_box(self.lines[self.line(key)][0].tag);
+    }
+
     /// Writes a content down; `info`, not 0, follows from what is remembered of it. Gives the place, and what was there.
     pub fn write(
         &mut self,

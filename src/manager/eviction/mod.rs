@@ -81,6 +81,9 @@ trait Policy: Send {
     /// Lists that it needs.
     fn lists(&self) -> usize;
 
+    /// The content named by `key` is about to be used.
+    fn warm(&self, _key: u64) {}
+
     /// The content named by `key` has been stored, or used where it lay: of a block with this index in its
     /// sequence. Gives the uses of it before that the policy remembers of contents which the tier may have lost since.
     fn used(&mut self, _key: u64, _index: usize, _hit: bool, _lists: &mut Lists) -> u8 {
@@ -159,6 +162,12 @@ impl Order {
     /// which it is the last, from the start of the sequence on.
     pub fn recall(&mut self, key: u64, index: usize, hit: bool) -> u8 {
         self.policy.used(key, index, hit, &mut self.lists)
+    }
+
+    /// Says that [`Self::recall`] is about to be asked for this content, so that the way to what is remembered of
+    /// it overlaps with other work.
+    pub fn warm(&self, key: u64) {
+        self.policy.warm(key);
     }
 
     /// Blocks of a sequence that share one memory of their uses.

@@ -22,6 +22,8 @@ const TICKS_PER_LESSON: u32 = 32;
 const DECAY: f64 = 0.995;
 /// Contents that are followed for the sake of learning, eight per line of the history.
 const SAMPLE_LINES: usize = 2048;
+/// Most of them are of one class and age: they are counted side by side, so that no addition waits for the last one.
+const LANES: usize = 4;
 /// What is believed before anything is seen counts as so many contents, of which `PRIOR_USED` are used in
 /// every octave of ages: the older, the less per time, as in LRU.
 const PRIOR: f64 = 4.0;
@@ -78,9 +80,9 @@ impl Reuse {
 
     fn learn(&mut self) {
         // Contents still in sight count as lost sight of now, for this once.
-        let mut lost = self.lost;
-        for memory in self.history.sample(SAMPLE_LINES, self.now) {
-            lost[class(memory.info)][age(memory.age)] += 1.0;
+        let mut waiting = [[[0u32; AGES]; CLASSES]; LANES];
+        for (i, memory) in self.history.sample(SAMPLE_LINES, self.now).enumerate() {
+            waiting[i % LANES][class(memory.info)][age(memory.age)] += 1;
         }
         let mut worth = [0.0; Shelves::LISTS];
         for class in 0..CLASSES {
@@ -88,8 +90,10 @@ impl Reuse {
             let mut at_risk = [0.0; AGES];
             let mut left = 0.0;
             for age in (0..AGES).rev() {
-                left += used[age] + lost[class][age];
-                at_risk[age] = left - lost[class][age] / 2.0;
+                let waiting: u32 = waiting.iter().map(|lane| lane[class][age]).sum();
+                let lost = self.lost[class][age] + f64::from(waiting);
+                left += used[age] + lost;
+                at_risk[age] = left - lost / 2.0;
             }
             let share: [f64; AGES] = std::array::from_fn(|age| {
                 (used[age] + PRIOR * PRIOR_USED) / (at_risk[age] + PRIOR)
@@ -112,6 +116,10 @@ impl Reuse {
 impl Policy for Reuse {
     fn lists(&self) -> usize {
         Shelves::LISTS
+    }
+
+    fn warm(&self, key: u64) {
+        self.history.warm(key);
     }
 
     fn used(&mut self, key: u64, index: usize, hit: bool, _: &mut Lists) -> u8 {

@@ -1,20 +1,17 @@
 //! Chunked attention: a prefix needs its last, unfinished chunk only; at a chunk edge it needs nothing.
 
-use super::{Group, align_down};
+use super::Group;
 
 pub(super) fn longest(
     group: &Group,
     limit: usize,
     alignment: usize,
-    present: impl Fn(usize) -> bool,
+    present: impl Fn(usize, usize) -> bool,
 ) -> usize {
     let mut end = limit;
-    loop {
-        let needed = group.first_needed(end)..end / group.block_size;
-        match needed.into_iter().find(|&b| !present(b)) {
-            None => return end,
-            // Alignment can carry the end back into an earlier chunk, which has needs of its own.
-            Some(b) => end = align_down(b * group.block_size, alignment),
-        }
+    // A shorter prefix can end in an earlier chunk, which has needs of its own.
+    while let Some(b) = group.tail(end).find(|&b| !present(b, end)) {
+        end = group.without(b, end, alignment);
     }
+    end
 }

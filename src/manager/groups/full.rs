@@ -1,14 +1,19 @@
 //! Full attention: every block of the prefix is needed, so hits end at the first miss.
 
-use super::{Group, align_down};
+use super::Group;
 
 pub(super) fn longest(
     group: &Group,
     limit: usize,
     alignment: usize,
-    present: impl Fn(usize) -> bool,
+    present: impl Fn(usize, usize) -> bool,
 ) -> usize {
-    let end = limit / group.block_size;
-    let hit = (0..end).find(|&b| !present(b)).unwrap_or(end);
-    align_down(hit * group.block_size, alignment)
+    let mut end = limit;
+    // What misses is the same for every shorter prefix, but for a shorter front.
+    let mut from = 0;
+    while let Some(b) = (from..end.div_ceil(group.block_size)).find(|&b| !present(b, end)) {
+        from = b;
+        end = group.without(b, end, alignment);
+    }
+    end
 }

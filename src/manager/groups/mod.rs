@@ -5,6 +5,8 @@ mod chunked;
 mod full;
 mod sliding;
 
+use std::ops::Range;
+
 use super::{GroupConfig, Retention};
 use crate::spec::{AttentionKind, GroupKind};
 
@@ -18,22 +20,52 @@ pub(super) struct Group {
     /// Hashed units per block: the key of block `b` is the hash of unit `(b + 1) * units - 1`, which
     /// stands for the whole block because hashes are chained.
     units: usize,
+    /// Whether blocks are found by their fronts, too: what their first units hold, under the hashes of these.
+    pub fronts: bool,
 }
 
 impl Group {
-    pub fn new(config: &GroupConfig, hash_block: usize) -> Self {
+    /// In units of `hash_block` tokens, with hits that end at multiples of `alignment`.
+    pub fn new(config: &GroupConfig, hash_block: usize, alignment: usize) -> Self {
         let block_size = config.block_size as usize;
+        let units = block_size / hash_block;
         Self {
             kind: config.kind,
             block_size,
             sink_blocks: (config.sink_tokens as usize).div_ceil(block_size),
-            units: block_size / hash_block,
+            units,
+            fronts: !alignment.is_multiple_of(block_size),
         }
     }
 
     /// Index of the hashed unit that keys block `b`.
     pub fn key_index(&self, b: usize) -> usize {
         (b + 1) * self.units - 1
+    }
+
+    /// Index of the hashed unit that keys what a prefix of `tokens`, whole units, has of block `b`: the block, or
+    /// its front where the prefix ends inside of it.
+    pub fn key_index_in(&self, b: usize, tokens: usize) -> usize {
+        match tokens / self.block_size {
+            whole if b < whole => self.key_index(b),
+            _ => tokens / (self.block_size / self.units) - 1,
+        }
+    }
+
+    /// Indices of the hashed units that key the fronts of block `b`, the shortest first.
+    pub fn front_indices(&self, b: usize) -> Range<usize> {
+        let end = if self.fronts { self.key_index(b) } else { b * self.units };
+        b * self.units..end
+    }
+
+    /// Indices of the hashed units that `tokens` tokens fill of block `b`, where they end.
+    pub fn units_in(&self, b: usize, tokens: usize) -> Range<usize> {
+        b * self.units..tokens / (self.block_size / self.units)
+    }
+
+    /// Fronts that a block has.
+    pub fn fronts_per_block(&self) -> usize {
+        self.front_indices(0).len()
     }
 
     /// First block after the sinks that a query at position `n` or later can see.
@@ -46,17 +78,17 @@ impl Group {
         b < self.sink_blocks || b >= self.first_needed(tokens)
     }
 
-    /// Blocks that a prefix of `tokens`, whole blocks, needs, ascending.
-    pub fn needed(&self, tokens: usize) -> impl Iterator<Item = usize> + use<> {
-        let (first, end) = (self.first_needed(tokens), tokens / self.block_size);
-        (0..self.sink_blocks.min(first).min(end)).chain(first..end)
+    /// Blocks behind the sinks that a prefix of `tokens` needs. One that it ends inside of is needed for its front,
+    /// whether any of that is still seen or not: it is filled up, and then has to be what its key says.
+    pub fn tail(&self, tokens: usize) -> Range<usize> {
+        self.first_needed(tokens)..tokens.div_ceil(self.block_size)
     }
 
-    /// Blocks that a sequence which has computed `n` tokens goes on with, the last one perhaps partly filled,
-    /// ascending.
-    pub fn held(&self, n: usize) -> impl Iterator<Item = usize> + use<> {
-        let (first, end) = (self.first_needed(n), n.div_ceil(self.block_size));
-        (0..self.sink_blocks.min(first).min(end)).chain(first..end)
+    /// Blocks that a prefix of `tokens` needs, and that a sequence which has computed them goes on with, ascending,
+    /// the last one perhaps partly filled.
+    pub fn needed(&self, tokens: usize) -> impl Iterator<Item = usize> + use<> {
+        let tail = self.tail(tokens);
+        (0..self.sink_blocks.min(tail.start).min(tail.end)).chain(tail)
     }
 
     /// Whether every block of a prefix is needed.
@@ -64,20 +96,22 @@ impl Group {
         self.kind == GroupKind::Attention(AttentionKind::Full)
     }
 
-    /// The longest prefix, a multiple of `alignment` and at most `limit` (one, too), whose needed blocks
-    /// are all `present`; an upper bound of it where only a shorter limit can tell.
+    /// The longest prefix, a multiple of `alignment` and at most `limit` (one, too), of which all that is needed is
+    /// `present`; an upper bound of it where only a shorter limit can tell. `present(b, n)` is asked for what a
+    /// prefix of `n` tokens has of block `b`.
     pub fn longest(
         &self,
         limit: usize,
         alignment: usize,
-        present: impl Fn(usize) -> bool,
+        present: impl Fn(usize, usize) -> bool,
     ) -> usize {
-        let sinks = (0..self.sink_blocks.min(limit / self.block_size)).find(|&b| !present(b));
-        // Without one of its sink blocks only what lies before that block can be served.
-        let limit = match sinks {
-            Some(b) => align_down(b * self.block_size, alignment),
-            None => limit,
-        };
+        let mut limit = limit;
+        // Without one of its sink blocks only what lies before it, or its front, can be served.
+        while let Some(b) =
+            (0..self.sink_blocks.min(limit.div_ceil(self.block_size))).find(|&b| !present(b, limit))
+        {
+            limit = self.without(b, limit, alignment);
+        }
         match self.kind {
             GroupKind::Attention(AttentionKind::Full) => {
                 full::longest(self, limit, alignment, present)
@@ -90,6 +124,11 @@ impl Group {
                 sliding::longest(self, limit, alignment, present)
             }
         }
+    }
+
+    /// The longest prefix that does with less of block `b` than one of `tokens`.
+    fn without(&self, b: usize, tokens: usize, alignment: usize) -> usize {
+        align_down(tokens.min((b + 1) * self.block_size) - 1, alignment)
     }
 
     /// Most blocks a request of `tokens` holds at once when at most `in_flight` of its tokens are

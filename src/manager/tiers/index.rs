@@ -26,9 +26,9 @@ pub(super) struct Index {
 }
 
 impl Index {
-    /// An empty index for up to `places` places.
-    pub fn new(places: u32) -> Self {
-        Self { cells: vec![0; 2 * places as usize + 1] }
+    /// An empty index for up to `places` places and `more` that are few as a rule: for these it gets fewer cells.
+    pub fn new(places: usize, more: usize) -> Self {
+        Self { cells: vec![0; 2 * places + more + 1] }
     }
 
     /// Bytes of the table.
@@ -43,27 +43,45 @@ impl Index {
 
     /// The place under a tag for which `is_it` holds.
     pub fn find(&self, tag: Tag, is_it: impl Fn(u32) -> bool) -> Option<u32> {
+        self.search(tag, is_it).ok()
+    }
+
+    /// Adds a place under a tag, unless there is one already for which `is_it` holds: that one. There are never more
+    /// of them than the index was made for.
+    pub fn find_or_insert(
+        &mut self,
+        tag: Tag,
+        place: u32,
+        is_it: impl Fn(u32) -> bool,
+    ) -> Option<u32> {
+        match self.search(tag, is_it) {
+            Ok(found) => Some(found),
+            Err(free) => {
+                self.cells[free] = cell(tag, place);
+                None
+            }
+        }
+    }
+
+    /// Adds a place under a tag, whatever else is there.
+    pub fn insert(&mut self, tag: Tag, place: u32) {
+        self.find_or_insert(tag, place, |_| false);
+    }
+
+    /// The place under a tag for which `is_it` holds, or the cell where one is to be added.
+    fn search(&self, tag: Tag, is_it: impl Fn(u32) -> bool) -> std::result::Result<u32, usize> {
         let mut at = self.home(tag);
         loop {
             let cell = self.cells[at];
             if cell == 0 {
-                return None;
+                return Err(at);
             }
             let place = cell as u32 - 1;
             if (cell >> 32) as u32 == tag.0 && is_it(place) {
-                return Some(place);
+                return Ok(place);
             }
             at = self.next(at);
         }
-    }
-
-    /// Adds a place under a tag. There are never more of them than the index was made for.
-    pub fn insert(&mut self, tag: Tag, place: u32) {
-        let mut at = self.home(tag);
-        while self.cells[at] != 0 {
-            at = self.next(at);
-        }
-        self.cells[at] = cell(tag, place);
     }
 
     /// Puts one place where another one is under the same tag; no change when it is not there.
@@ -86,12 +104,14 @@ impl Index {
             if cell == 0 {
                 break;
             }
-            // One that is found from the hole on fills it.
+            // One that is found from the hole on fills it. What any other one leaves there is written over: a branch
+            // would cost more than the write, for nobody could predict it.
             let home = self.home(Tag((cell >> 32) as u32));
-            if self.distance(home, at) >= self.distance(hole, at) {
-                self.cells[hole] = cell;
-                hole = at;
-            }
+            self.cells[hole] = cell;
+            hole = match self.distance(home, at) >= self.distance(hole, at) {
+                true => at,
+                false => hole,
+            };
         }
         self.cells[hole] = 0;
     }
@@ -146,7 +166,7 @@ mod tests {
         fn index_is_a_map(
             operations in prop::collection::vec((0..PLACES, 0u32..9, 0u32..3), 1..400)
         ) {
-            let mut index = Index::new(PLACES);
+            let mut index = Index::new(PLACES as usize, 0);
             let mut map: HashMap<u32, Tag> = HashMap::new();
             let tag = |n: u32| Tag(u32::MAX / 8 * n.min(7) + n % 8 * 3);
             for (place, n, operation) in operations {

@@ -100,7 +100,7 @@ impl SlotTier {
         Self {
             tier,
             slots: vec![slot; num_slots as usize],
-            index: Index::new(num_slots),
+            index: Index::new(num_slots as usize, 0),
             free: (0..num_slots).rev().collect(),
             order: Order::new(eviction, num_slots),
             evictable: 0,

@@ -38,6 +38,8 @@ pub struct Config {
     #[serde(default)]
     retention_ends: bool,
     #[serde(default)]
+    retention_fronts: bool,
+    #[serde(default)]
     chunked_retention: Chunks,
     #[serde(default = "lru")]
     eviction: Eviction,
@@ -217,6 +219,7 @@ impl Config {
                 slack: self.retention_slack.into(),
                 dense_chunks: self.chunked_retention == Chunks::Dense,
                 ends: self.retention_ends,
+                fronts: self.retention_fronts,
             },
             eviction: self.eviction,
             max_model_len: self.max_model_len.unwrap_or(u32::MAX),
@@ -296,6 +299,7 @@ pub fn crate_defaults() -> Value {
         "retention_interval": 0,
         "retention_slack": "by_kind",
         "retention_ends": true,
+        "retention_fronts": true,
         "chunked_retention": "sparse",
         "eviction": "reuse",
     })
