@@ -7,6 +7,7 @@
 use std::collections::HashSet;
 
 use super::pool::NULL;
+use super::sequence::NOBODY;
 use super::*;
 
 /// One block to copy inside the device pool. The copies are to be executed in the order they are given,
@@ -226,6 +227,12 @@ impl Manager {
         sequence.repaired &= sequence.computed < tokens;
         if let Some(inherited) = &mut sequence.inherited {
             inherited.tokens = inherited.tokens.min(tokens);
+        }
+        if tokens < computed {
+            // All its steps have ended well: nobody counts on them any more.
+            let generation = sequence.generation;
+            let of = self.sequences.values_mut().filter_map(|other| other.inherited.as_mut());
+            of.filter(|other| other.from == generation).for_each(|other| other.from = NOBODY);
         }
         let dependents = self.holders(seq, &void, computed);
         Ok(Cut { freed, dependents })

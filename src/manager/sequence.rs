@@ -38,6 +38,9 @@ impl Row {
     }
 }
 
+/// A generation that no sequence has.
+pub(super) const NOBODY: u64 = 0;
+
 /// What a forked sequence began with.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Inherited {
