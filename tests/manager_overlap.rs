@@ -153,7 +153,7 @@ fn what_waits_for_storage_does_not_overlap() {
 }
 
 #[test]
-fn a_resumed_sequence_waits_for_the_tail_that_it_writes() {
+fn a_resumed_sequence_goes_on_in_the_tail_that_is_on_its_way() {
     let mut m = common::manager(&[FULL], 33, Some(HostConfig::new(64)));
     let swap = |m: &mut Manager, seq, n: u32| {
         m.allocate(seq, &tokens(1000 * seq as u32, n), KEYS, 0).unwrap();
@@ -166,9 +166,13 @@ fn a_resumed_sequence_waits_for_the_tail_that_it_writes() {
         m.resume(seq).unwrap();
         transfers(m)
     };
-    assert_eq!(swap(&mut m, 1, 40).len(), 3);
-    let error = m.overlap(1).unwrap_err();
-    assert!(matches!(error.kind(), ErrorKind::InvalidArgument(_)), "{error}");
+    // Layer by layer a step writes behind what has come. A copy of the tail would be one of garbage.
+    let loads = swap(&mut m, 1, 40);
+    assert_eq!(loads.len(), 3);
+    m.overlap(1).unwrap();
+    assert!(m.append(1, &[1]).unwrap()[0].is_empty());
+    assert_eq!(m.next_copy(), None);
+    assert_eq!(Some(m.table(1, 0).unwrap()[2]), loads[2].path.block());
     m.free(1).unwrap();
     assert_eq!(swap(&mut m, 2, 48).len(), 3);
     m.overlap(2).unwrap();

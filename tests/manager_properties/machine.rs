@@ -347,7 +347,7 @@ fn cases(cases: u32) -> ProptestConfig {
         cases,
         rng_seed: RngSeed::Fixed(1),
         failure_persistence: None,
-        max_shrink_iters: 300,
+        max_shrink_iters: 20_000,
         ..ProptestConfig::default()
     }
 }

@@ -576,9 +576,16 @@ impl World {
     pub fn forget(&mut self, seq: u64, g: usize, index: usize) -> Check {
         let swapped = self.sequences[&seq].swapped;
         let id = self.table(seq, g).get(index).copied().unwrap_or(0);
-        let tokens = self.sequences[&seq].path.iter().skip(index * self.size(g));
-        let nodes = tokens.take(self.size(g)).filter(|_| id != 0);
-        self.void.extend(nodes.map(|&node| (Tier::Device, g, node)));
+        let first = index * self.size(g);
+        // Of what it was cut back from it may still hold the whole block.
+        let first = self.sequences[&seq].path.get(first).copied().filter(|_| id != 0);
+        let pinned = self.pins.values().flat_map(|pin| &pin.blocks);
+        let held = pinned.filter(|&&(of, node)| {
+            (of, (self.prefixes.len(node) - 1) / self.size(g)) == (g, index)
+                && first.is_some_and(|first| self.prefixes.begins_with(node, first))
+        });
+        let void: Vec<_> = held.map(|&(_, node)| (Tier::Device, g, node)).collect();
+        self.void.extend(void);
         let writing = self.writing();
         prop_assert_eq!(self.m.forget(seq, g, index).is_err(), swapped);
         if id != 0 {

@@ -120,14 +120,11 @@ fn methods() -> Vec<Method<Managed>> {
                 show(Ok(()))
             },
             |s, a| {
-                let groups = &s.m.config().groups;
-                let inside =
-                    |n: usize| groups.iter().any(|g| !n.is_multiple_of(g.block_size as usize));
                 let waiting: &[&str] = match s.live.get(&a.seq) {
                     Some(sequence) if sequence.loading => &["NotReady"],
                     _ => &[],
                 };
-                s.of_live(a.seq, |of| of.loading && inside(of.computed)).or(waiting)
+                s.of_live(a.seq, |_| false).or(waiting)
             },
         ),
         method("forget", 2, |s, a| show(s.m.forget(a.seq, a.raw.group, a.n)), Managed::of_group),

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use hybridkv::device::{Device, Span, StreamRef};
 use hybridkv::engine::{Engine, SeqSlice};
 use hybridkv::error::Result;
-use hybridkv::manager::{BlockId, HostSlot, Manager, Outcome, SeqId, TransferId};
+use hybridkv::manager::{BlockCopy, BlockId, HostSlot, Manager, Outcome, SeqId, TransferId};
 
 use super::conversations::Random;
 use super::oracle::{ExpectedBlock, ExpectedRow, Occasion, Oracle};
@@ -30,6 +30,8 @@ pub struct Sampler {
     /// `[num_blocks][stride]`: history hashes of what every device block holds.
     contents: Vec<u64>,
     stride: usize,
+    /// Per device block, its first tokens that `contents` is right about.
+    filled: Vec<usize>,
     /// Offloads whose slots are looked at once they have ended.
     offloads: HashMap<TransferId, (HostSlot, ExpectedBlock)>,
 }
@@ -62,6 +64,7 @@ impl Sampler {
             row_bytes,
             contents: vec![0; setup.engine.num_blocks as usize * stride],
             stride,
+            filled: vec![0; setup.engine.num_blocks as usize],
             block_sizes,
             offloads: HashMap::new(),
         })
@@ -192,6 +195,14 @@ impl Sampler {
         }
     }
 
+    /// A block of the pool has been copied.
+    pub fn note_copy(&mut self, copy: &BlockCopy) {
+        let [from, to] = [copy.from, copy.to].map(|block| block as usize);
+        let first = from * self.stride;
+        self.contents.copy_within(first..first + self.stride, to * self.stride);
+        self.filled[to] = self.filled[from];
+    }
+
     /// The offload of a block of a group has been emitted: perhaps its slot is looked at later.
     pub fn offload_started(
         &mut self,
@@ -202,7 +213,8 @@ impl Sampler {
     ) {
         if self.random.chance(self.fraction) {
             let first = block as usize * self.stride;
-            let hashes = self.contents[first..first + self.block_sizes[group]].to_vec();
+            // A sequence may have left it unfinished.
+            let hashes = self.contents[first..first + self.filled[block as usize]].to_vec();
             let expected = ExpectedBlock { occasion: Occasion::HostSlot, group, hashes };
             self.offloads.insert(id, (slot, expected));
         }
@@ -251,6 +263,7 @@ impl Sampler {
     fn note(&mut self, block: BlockId, offset: usize, hash: u64) {
         if block != 0 {
             self.contents[block as usize * self.stride + offset] = hash;
+            self.filled[block as usize] = offset + 1;
         }
     }
 }

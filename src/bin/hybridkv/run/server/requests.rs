@@ -99,8 +99,10 @@ impl Server {
                 Err(error) if matches!(error.kind(), ErrorKind::NoFreeBlocks { .. }) => break,
                 Err(error) => return Err(error),
             };
-            for &block in allocation.new_blocks.iter().flatten() {
-                self.poison(block)?;
+            // A source may be among the new blocks already.
+            let copied = self.copy_blocks()?;
+            for block in allocation.new_blocks.iter().flatten().filter(|id| !copied.contains(id)) {
+                self.poison(*block)?;
             }
             let Some(job) = self.waiting.remove(at) else { break };
             if !job.preempted {

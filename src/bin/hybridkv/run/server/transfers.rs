@@ -4,14 +4,25 @@
 use std::collections::HashSet;
 
 use hybridkv::error::Result;
-use hybridkv::manager::{BlockId, Completion, Path, SeqId};
+use hybridkv::manager::{BlockCopy, BlockId, Completion, Path, SeqId};
 
 use super::Server;
 use super::requests::Loads;
 
 impl Server {
-    /// Starts the transfers that the manager has emitted.
+    /// Copies what the manager has emitted inside the pool; gives the targets.
+    pub(super) fn copy_blocks(&mut self) -> Result<HashSet<BlockId>> {
+        let copies: Vec<BlockCopy> = std::iter::from_fn(|| self.manager.next_copy()).collect();
+        self.engine.copy_blocks(&copies, (*self.compute).as_ref())?;
+        if let Some(sampler) = &mut self.sampler {
+            copies.iter().for_each(|copy| sampler.note_copy(copy));
+        }
+        Ok(copies.iter().map(|copy| copy.to).collect())
+    }
+
+    /// Starts the copies and the transfers that the manager has emitted.
     pub(super) fn pump(&mut self) -> Result<()> {
+        self.copy_blocks()?;
         self.transfers.clear();
         while let Some(transfer) = self.manager.next_transfer() {
             self.transfers.push(transfer);
