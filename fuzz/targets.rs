@@ -17,11 +17,14 @@ use std::sync::LazyLock;
 
 use hybridkv::Error;
 use hybridkv::codec::{Codec, Encoded, Geometry, Header, content_hash, decode};
-use hybridkv::engine::{BlockKey, BlockStore, FileStore, FileStoreConfig, SyncPolicy};
+use hybridkv::engine::{
+    BlockKey, BlockStore, FileStore, FileStoreConfig, GroupFormat, Section, SyncPolicy,
+};
 use hybridkv::error::ErrorKind;
 use hybridkv::layout::Dtype;
 use hybridkv::manager::BlockHash;
 use hybridkv::spec::ModelSpec;
+use xxhash_rust::xxh3::xxh3_64;
 
 /// A target: its name, what it does with a run's bytes, and inputs that lead somewhere.
 pub type Target = (&'static str, fn(&[u8]), &'static [&'static [u8]]);
@@ -146,14 +149,16 @@ pub fn slot_header(data: &[u8]) {
     }
 }
 
-const BLOCK: usize = 96;
+/// A block of one layer, and something behind it.
+const BLOCK: usize = 2 * 256 + 32;
 /// Of a file before its block.
 const FILE_HEADER: usize = 128;
 
 /// A store whose only file is one of any bytes: opened without complaint, and its block is served or refused.
 ///
-/// The first byte is 0 for a file as it is; else a sound file whose bytes are changed, at the places and by the
-/// amounts that follow in pairs; 2: and whose header is given the right checksum again.
+/// The first byte is 0 for a file as it is; else a sound file of a block in `lxe` whose bytes are changed, at the places
+/// (two bytes) and by the amounts (one) that follow; 2: and whose header is given the right checksum again; 3: and
+/// the right hash of its payload.
 pub fn file_store(data: &[u8]) {
     static ROOT: LazyLock<PathBuf> = LazyLock::new(|| {
         std::env::temp_dir().join(format!("hybridkv-fuzz-{}", std::process::id()))
@@ -161,29 +166,37 @@ pub fn file_store(data: &[u8]) {
     let Some((mode, data)) = data.split_first() else { return };
     let folder = ROOT.join("07".repeat(32)).join("00000");
     let file = folder.join("00000002.kv");
+    let geometry = Geometry::new(1, 1, 16, 8, Dtype::Bf16).expect("a geometry");
+    let bytes = geometry.raw_bytes() as u64;
+    let section = Section { first_layer_slot: 0, geometry, offset: 0, bytes };
     let open = || {
         FileStore::open(FileStoreConfig {
             path: ROOT.clone(),
             bytes: 8 * 4096,
             block_bytes: BLOCK,
-            groups: Vec::new(),
+            groups: vec![GroupFormat { codec: Codec::Raw, sections: vec![section] }],
             identity: [7; 32],
             sync: SyncPolicy::Never,
         })
         .expect("a store opens whatever is in it")
     };
-    let key = BlockKey { group: 1, hash: BlockHash::from_bytes([3; 16]) };
-    let block: Vec<u8> = (0..BLOCK as u8).collect();
+    let key = BlockKey { group: 0, hash: BlockHash::from_bytes([3; 16]) };
+    let block: Vec<u8> = (0..BLOCK).map(|i| [(7 * i) as u8, 0x3f][i % 2]).collect();
     fs::create_dir_all(&folder).expect("a folder");
     let mut bytes = data.to_vec();
     if *mode != 0 {
         open().write(2, key, &block).expect("room for a block");
         bytes = fs::read(&file).expect("the file just written");
-        for &[at, change] in data.as_chunks::<2>().0 {
-            let at = usize::from(at) % bytes.len();
+        assert!(bytes.len() < FILE_HEADER + BLOCK);
+        for &[low, high, change] in data.as_chunks::<3>().0 {
+            let at = usize::from(u16::from_le_bytes([low, high])) % bytes.len();
             bytes[at] ^= change;
         }
-        if *mode == 2 {
+        if *mode == 3 {
+            let hash = xxh3_64(&bytes[FILE_HEADER..]);
+            bytes[88..96].copy_from_slice(&hash.to_le_bytes());
+        }
+        if *mode >= 2 {
             let crc = crc32fast::hash(&bytes[..FILE_HEADER - 4]);
             bytes[FILE_HEADER - 4..FILE_HEADER].copy_from_slice(&crc.to_le_bytes());
         }
@@ -196,7 +209,7 @@ pub fn file_store(data: &[u8]) {
         let mut back = vec![0; BLOCK];
         match store.read(stored.slot, key, &mut back) {
             // Nobody finds 64 bits of hash by chance, nor does a fuzzer.
-            Ok(()) => assert!(back == block || *mode == 0),
+            Ok(()) => assert!(back == block || *mode == 0 || *mode == 3),
             Err(error) => {
                 assert!(is_corrupt(&error) || matches!(error.kind(), ErrorKind::Io { .. }));
                 assert!(!file.exists(), "what does not verify is removed");

@@ -25,14 +25,19 @@ pub fn content_hash(slot: &[u8]) -> u64 {
     let (words, rest) = slot.as_chunks::<8>();
     let mut last = [0; 8];
     last[..rest.len()].copy_from_slice(rest);
-    let rest = (!rest.is_empty()).then_some(&last);
-    let mut sum = 0u64;
-    let mut key = 0u64;
-    for (i, word) in words.iter().chain(rest).enumerate() {
+    let (mut sum, mut key) = (0u64, 0u64);
+    for word in words {
         key = key.wrapping_add(GOLDEN);
-        if i != Header::HASH_WORD {
-            sum = sum.wrapping_add(mix(u64::from_le_bytes(*word) ^ key));
-        }
+        sum = sum.wrapping_add(mix(u64::from_le_bytes(*word) ^ key));
+    }
+    if !rest.is_empty() {
+        key = key.wrapping_add(GOLDEN);
+        sum = sum.wrapping_add(mix(u64::from_le_bytes(last) ^ key));
+    }
+    // Taking one out is cheaper than asking every word whether it is the one.
+    if let Some(word) = words.get(Header::HASH_WORD) {
+        let key = GOLDEN.wrapping_mul(Header::HASH_WORD as u64 + 1);
+        sum = sum.wrapping_sub(mix(u64::from_le_bytes(*word) ^ key));
     }
     sum
 }

@@ -15,6 +15,7 @@
 //! streams    of each plane, [token][dim], the codes of `Windows`
 //!            exponents of the escapes, u8, in the order of the streams
 //!            offsets of K, [K plane][dim]
+//!            zeros up to 8 bytes and more behind the last stream, so that all can be read in words
 //! ```
 //!
 //! Planes stand in the order K of all layers, then V of all layers: neighbours have streams of about one length,
@@ -65,8 +66,10 @@ const LANES: usize = 4;
 const MOST: usize = 6;
 /// Look-ups of the bits that one load is sure to have, 57.
 const LOOKUPS: usize = 5;
+/// Symbols that are searched for escapes together.
+const RUN: usize = 64;
 /// What a lane may write beyond its symbols.
-const SLACK: usize = MOST * LOOKUPS + 8;
+const SLACK: usize = 40;
 
 /// A prefix code, to write and to read.
 struct Prefix {
@@ -175,8 +178,23 @@ fn shortest(symbols: &[u8]) -> (usize, usize) {
     (code, bits.div_ceil(8))
 }
 
-/// Reads `count` symbols of each stream, which begins at a byte of `streams`, into a row of its own of at least
-/// `count + SLACK` bytes. Streams may overlap, and all bits are some symbol; behind the end are zeros.
+/// Where the symbols of a stream go.
+struct Row<'a> {
+    bytes: &'a mut [u8],
+    done: usize,
+    /// Stands in for what a row lacks that is too short for `SLACK`.
+    spare: [u8; SLACK],
+}
+
+impl Row<'_> {
+    fn rest(&mut self) -> &mut [u8; SLACK] {
+        let rest = self.bytes.get_mut(self.done..);
+        rest.and_then(|rest| rest.first_chunk_mut()).unwrap_or(&mut self.spare)
+    }
+}
+
+/// Reads `count` symbols of each stream, which begins at a byte of `streams`, into a row of its own of `count + SLACK`
+/// bytes. Streams may overlap, and all bits are some symbol.
 fn read<const N: usize>(
     prefixes: [&Prefix; N],
     streams: &[u8],
@@ -184,42 +202,38 @@ fn read<const N: usize>(
     count: usize,
     rows: [&mut [u8]; N],
 ) {
-    // Bits of `streams`; symbols of the row.
+    let entries = prefixes.map(|prefix| &*prefix.entries);
+    let mut rows = rows.map(|bytes| Row { bytes, done: 0, spare: [0; SLACK] });
+    // Bits of `streams`.
     let mut at = starts.map(|start| 8 * start);
-    let mut done = [0; N];
-    let mut bits = [0; N];
-    while done.iter().any(|done| *done < count) {
-        for lane in 0..N {
-            bits[lane] = load(streams, at[lane] / 8) >> (at[lane] % 8);
-            // A lane that has all of its symbols goes on behind them.
-            done[lane] = done[lane].min(count);
-        }
+    while rows.iter().any(|row| row.done < count) {
+        let mut bits: [u64; N] =
+            std::array::from_fn(|lane| load(streams, at[lane] / 8) >> (at[lane] % 8));
+        // Symbols of these bits.
+        let mut new = [0; N];
+        let rests = rows.each_mut().map(Row::rest);
         for _ in 0..LOOKUPS {
             for lane in 0..N {
-                let entry = prefixes[lane].entries[bits[lane] as usize % (1 << LONGEST)];
-                if let Some(row) = rows[lane].get_mut(done[lane]..done[lane] + 8) {
-                    row.copy_from_slice(&entry.to_le_bytes());
-                }
+                let entry = entries[lane][bits[lane] as usize % (1 << LONGEST)];
+                // At most MOST * (LOOKUPS - 1) are there, which is below 32.
+                rests[lane][new[lane] % 32..][..8].copy_from_slice(&entry.to_le_bytes());
                 let used = entry >> 56;
                 bits[lane] >>= used;
                 at[lane] += used as usize;
-                done[lane] += (entry >> 48) as usize & 0xff;
+                new[lane] += (entry >> 48) as usize & 0xff;
             }
+        }
+        for (row, new) in rows.iter_mut().zip(new) {
+            // A lane that has all of its symbols goes on behind them.
+            row.done = (row.done + new).min(count);
         }
     }
 }
 
-/// 8 bytes, little endian, as if zeros followed the last.
+/// 8 bytes, little endian; 0 where there are fewer, which is behind all streams.
 fn load(bytes: &[u8], at: usize) -> u64 {
-    match bytes.get(at..at + 8) {
-        Some(word) => u64::from_le_bytes(word.try_into().unwrap_or_default()),
-        None => {
-            let rest = bytes.get(at..).unwrap_or_default();
-            let mut word = [0; 8];
-            word[..rest.len()].copy_from_slice(rest);
-            u64::from_le_bytes(word)
-        }
-    }
+    let word = bytes.get(at..at + 8).and_then(|word| word.try_into().ok());
+    word.map_or(0, u64::from_le_bytes)
 }
 
 fn lengths(geometry: &Geometry) -> [usize; 5] {
@@ -278,12 +292,12 @@ impl Format for Lxe {
             bytes.copy_from_slice(&escapes);
         }
         (codes[geometry.planes()], _) = streams.write(&offsets);
-        let (needed, capacity) = (streams.end, streams.bytes.len());
-        if needed > capacity {
-            return Err(Fallback::Streams { needed, capacity });
-        }
-        let used = section(needed);
-        streams.bytes[needed..used].fill(0);
+        let (end, capacity) = (streams.end, streams.bytes.len());
+        let used = section(end + size_of::<u64>());
+        let Some(zeros) = streams.bytes.get_mut(end..used) else {
+            return Err(Fallback::Streams { needed: used, capacity });
+        };
+        zeros.fill(0);
         Ok(Written { unused: capacity - used, escapes: escapes.len() as u32 })
     }
 
@@ -321,8 +335,8 @@ impl Format for Lxe {
             // Lanes that are left over read the last plane again.
             let plane = |lane: usize| (first + lane).min(order.len() - 1);
             let mut rows = symbols.chunks_exact_mut(stride);
-            read(
-                std::array::from_fn::<_, LANES, _>(|lane| prefixes[plane(lane)]),
+            read::<LANES>(
+                std::array::from_fn(|lane| prefixes[plane(lane)]),
                 streams,
                 std::array::from_fn(|lane| starts[plane(lane)]),
                 plane_elements,
@@ -341,11 +355,14 @@ impl Format for Lxe {
                 let bytes = &bytes[index * plane_elements..][..plane_elements];
                 let elements = &mut block[order[index] * plane_elements..][..plane_elements];
                 join(&windows, symbols, bytes, elements);
-                if symbols.iter().fold(u8::MAX, |least, symbol| least.min(*symbol)) == 0 {
-                    let escaped = symbols.iter().zip(bytes).zip(elements);
-                    let escaped = escaped.filter(|((symbol, _), _)| **symbol == 0);
-                    for (((_, byte), element), exponent) in escaped.zip(&mut escapes) {
-                        *element = element_of(*byte, *exponent);
+                for (run, symbols) in symbols.chunks(RUN).enumerate() {
+                    // Escapes are few: most runs have none.
+                    if symbols.iter().fold(u8::MAX, |least, symbol| least.min(*symbol)) > 0 {
+                        continue;
+                    }
+                    let positions = (run * RUN..).zip(symbols).filter(|(_, symbol)| **symbol == 0);
+                    for ((position, _), exponent) in positions.zip(&mut escapes) {
+                        elements[position] = element_of(bytes[position], *exponent);
                     }
                 }
             }
