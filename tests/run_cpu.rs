@@ -59,6 +59,8 @@ fn every_attention_kind_serves() {
         ("gpt-oss-20b", "1MiB"),
         ("gemma-2-9b", "1MiB"),
         ("mistral-7b", "1MiB"),
+        // Full groups in blocks of 32 tokens, sliding ones in blocks of 16: hits end inside of blocks.
+        ("gemma-4-31b", "2MiB"),
     ] {
         let args = ["--model", model, "--device-mem", memory, "--host-ratio", "4"];
         let rest = ["--requests", "30", "--verify", "0.5"];

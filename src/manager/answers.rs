@@ -12,7 +12,7 @@ pub struct Hit {
     pub device_tokens: usize,
     /// Tokens every group can serve from device and host.
     pub host_tokens: usize,
-    /// Per group, `tokens / block_size` device block ids; 0 where a block is not needed or not on the device.
+    /// Per group, device block ids of all blocks that the tokens reach into, the last one perhaps with its front alone; 0 where a block is not needed or not on the device.
     pub blocks: Vec<Vec<BlockId>>,
 }
 

@@ -6,6 +6,7 @@ use hybridkv::engine::{
     EngineConfig, FileStoreConfig, HostCodecs, HostSize, Layerwise, SlotFormat, SyncPolicy,
 };
 use hybridkv::error::{Error, Result};
+use hybridkv::layout::KvShape;
 use hybridkv::manager::{
     Eviction, GroupConfig, HostConfig, ManagerConfig, PrefetchPolicy, Retention, StorageConfig,
 };
@@ -285,6 +286,9 @@ fn shrink_model(spec: &mut ModelSpec, layers: Option<u32>, notes: &mut Vec<Strin
         spec.layers.truncate(kinds_end.clamp(2, CPU_LAYERS));
     }
     let shrink = CPU_SHRINK as u32;
+    // Where shapes differ they still do, so that groups have blocks of different sizes.
+    let elements = |shape: &KvShape| u64::from(shape.num_kv_heads) * u64::from(shape.head_dim);
+    let least = spec.layers.iter().map(|layer| elements(&layer.shape)).min().unwrap_or(0);
     for LayerSpec { kind, sink_tokens, shape } in &mut spec.layers {
         match kind {
             AttentionKind::Full => {}
@@ -294,16 +298,17 @@ fn shrink_model(spec: &mut ModelSpec, layers: Option<u32>, notes: &mut Vec<Strin
             }
         }
         *sink_tokens = sink_tokens.div_ceil(shrink);
-        shape.num_kv_heads = 1;
+        shape.num_kv_heads = if elements(shape) > least { CPU_QO_HEADS } else { 1 };
         shape.head_dim = CPU_HEAD_DIM;
     }
     spec.num_qo_heads = CPU_QO_HEADS;
     spec.sm_scale = 1.0 / (CPU_HEAD_DIM as f32).sqrt();
     notes.push(format!(
-        "{} of {} layers, {} query and 1 KV head of {} (not {}, {} of {}), windows divided by {shrink}",
+        "{} of {} layers, {} query and {} KV head of {} (not {}, {} of {}), windows divided by {shrink}",
         spec.layers.len(),
         before.0,
         spec.num_qo_heads,
+        spec.layers[0].shape.num_kv_heads,
         CPU_HEAD_DIM,
         before.1,
         before.2.num_kv_heads,
