@@ -763,8 +763,8 @@ hkv_status hkv_manager_poll_prefetch(hkv_manager* manager, uint64_t now, uint64_
 hkv_status hkv_manager_cancel_prefetch(hkv_manager* manager, uint64_t seq);
 
 // The next copies and transfers to start, up to so many; num is 0 when there are none. All copies
-// are to be taken before transfers are given out: allocations that hit part of a block, and appends to
-// shared ones, ask for them.
+// are to be taken before transfers are given out; allocations that hit a part of a block ask for
+// them, and appends inside of shared ones.
 hkv_status hkv_manager_copies(hkv_manager* manager, hkv_block_copy* copies, uint64_t max,
                               uint64_t* num);
 hkv_status hkv_manager_transfers(hkv_manager* manager, hkv_transfer* transfers, uint64_t max,
