@@ -153,6 +153,9 @@ fn what_a_sequence_leaves_unfinished_is_found_unless_its_work_failed() {
             false => m.free(1).unwrap(),
         }
         assert_eq!(hit(&m, &leaves(&prompt, 124)), if fails { 96 } else { 112 });
+        // The window's blocks are there again: what failed is not found beside them.
+        m.allocate(2, &prompt, KEYS, 0).unwrap();
+        assert_eq!(hit(&m, &leaves(&prompt, 124)), if fails { 96 } else { 112 });
     }
 }
 
