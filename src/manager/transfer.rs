@@ -386,10 +386,10 @@ impl Manager {
                 None => Completion::Dropped { seq },
             }
         };
-        if !matches!(told, Completion::Ready { .. }) {
-            if let Some(sequence) = self.sequences.remove(&seq) {
-                self.end(sequence, false);
-            }
+        if !matches!(told, Completion::Ready { .. })
+            && let Some(sequence) = self.sequences.remove(&seq)
+        {
+            self.end(sequence, false);
         }
         self.told.push_back(told);
     }
