@@ -20,11 +20,9 @@
 // Products are transposed so that K and V are the 16-row operand of the tensor cores and the few
 // queries the 8-column one: S^T[16 keys, 8] = K Q^T, O^T[D, 8] = V^T P^T. 8-bit elements become f16
 // between shared memory and the products (policy/kv_element.cuh).
-#include <type_traits>
-
 #include "abi/params.h"
 #include "policy/block_table.cuh"
-#include "policy/decode_share.cuh"
+#include "policy/decode_cta.cuh"
 #include "policy/decode_tuning.cuh"
 #include "policy/element.cuh"
 #include "policy/kv_element.cuh"
@@ -32,27 +30,29 @@
 #include "policy/query_operand.cuh"
 #include "policy/query_rows.cuh"
 #include "policy/row_states.cuh"
+#include "policy/score_mask.cuh"
 #include "policy/slice_ring.cuh"
 #include "policy/softmax_state.cuh"
 #include "policy/swizzle.cuh"
-#include "policy/tree_row.cuh"
 #include "policy/visibility.cuh"
-#include "ptx/atomic.cuh"
 #include "ptx/cp_async.cuh"
-#include "ptx/grid_dependency.cuh"
 #include "ptx/matrix.cuh"
 
 namespace hkv {
 namespace {
 
-constexpr unsigned kFullWarp = 0xffffffffu;
+template <typename T, typename Kv, int kDim_, int kQueryTiles_, bool kNarrow>
+class Slices {
+ public:
+  using Query = T;
+  static constexpr int kDim = kDim_;
+  static constexpr int kQueryTiles = kQueryTiles_;
+  using Tune = DecodeTuning<Kv, kDim, kQueryTiles, kNarrow>;
 
-template <typename T, typename Kv, int kDim, int kQueryTiles, bool kNarrow>
-class Decode {
+ private:
   using Keys = KvElement<Kv>;
   using Operand = typename Keys::Operand;
   using Layout = Swizzle<kDim * sizeof(Kv)>;
-  using Tune = DecodeTuning<Kv, kDim, kQueryTiles, kNarrow>;
   static constexpr int kSliceTokens = Tune::kSliceTokens;
   using Ring = SliceRing<Kv, kDim, kSliceTokens, kDecodeWarps, Tune::kInFlightBytes>;
   using State = WarpState<kDim, kQueryTiles>;
@@ -62,114 +62,43 @@ class Decode {
   static constexpr int kSteps = Layout::kRowBytes / 32;
   static constexpr int kFragments = Keys::kFragments;
   static constexpr int kParts = Element<Operand>::kWeightParts;
-  static constexpr int kRows = 8 * kQueryTiles;
-  // Rows of a warp's output in shared memory, in floats: padded so that the lanes' writes do not
-  // collide.
-  static constexpr int kPitch = kDim + 4;
-  static constexpr int kRingBytes = Tune::kRingBytes;
-  static_assert(Ring::kBytes <= kRingBytes, "the ring must fit");
-  static_assert(kRows * kPitch * 4 <= kRingBytes, "a warp's output takes the place of its ring");
-
-  // States are merged by the row: rows w, w + 4, ... by warp w, dims by lanes.
-  using Row = LaneRow<kDim / 32>;
-  using Dims = typename Row::Dims;
-  static constexpr int kWarpRows = kRows / kDecodeWarps;
-  // A part's state in the workspace, of which rows that are not there are left out: bases in log2
-  // units and sums of all rows, then outputs.
-  struct PartState {
-    float2 sums[kRows];
-    Dims output[kRows][32];
-  };
-
-  // What lies beside the rings: what a warp seldom needs while keys stream, for registers are
-  // scarce then, and what the warps tell each other.
-  struct Meeting {
-    DecodeShare share;
-    QueryRows rows;
-    Visibility visibility;
-    float2 sums[kDecodeWarps][kRows];  // bases in log2 units, sums
-    int32_t is_last;
-  };
 
  public:
-  static constexpr int kCtas = Tune::kCtas;
+  static constexpr int kRingBytes = Ring::kBytes;
+  using Side = typename Ring::ScaleRing;
+  static constexpr int kSides = Keys::kScaled ? kDecodeWarps : 1;
 
-  __device__ static void run(const hkv_attention_params& p) {
-    extern __shared__ __align__(1024) uint8_t shared[];
-    __shared__ Meeting meeting;
-    __shared__ typename Ring::ScaleRing scale_rings[Keys::kScaled ? kDecodeWarps : 1];
-    if (p.reads_early == 0) grid_dependency_wait();
+  __device__ Slices(const hkv_attention_params& p, const hkv_window& window, int32_t seq,
+                    int32_t kv_head)
+      : table_(p, window, seq, kv_head), scales_(p, window, kv_head) {}
 
-    DecodeShare share(p);
-    if (share.parts == 0) return;
-    const QueryRows rows(p, share.seq, share.kv_head);
-    const hkv_window window = p.windows[p.layer];
-    const Visibility visibility(window);
-    if (threadIdx.x == 0) {
-      meeting.share = share;
-      meeting.rows = rows;
-      meeting.visibility = visibility;
-    }
-    __syncthreads();
-    const BlockTable<Kv> table(p, window, share.seq, share.kv_head);
-    const KvScales scales(p, window, share.kv_head);
-    const int warp = threadIdx.x / 32;
-    uint8_t* warp_shared = shared + warp * kRingBytes;
-
-    int32_t row0 = 0;
-    do {
-      const int32_t last_row = min(row0 + kRows, rows.count()) - 1;
-      const Tiles tiles(visibility, rows.position(row0), rows.position(last_row));
-      const TileSpan span = last_row < row0 ? TileSpan{} : share.of(tiles.count());
-      State state;
-      if (span.begin + warp < span.end) {
-        attend(p, meeting, row0, tiles, table, scales, span,
-               static_cast<uint32_t>(__cvta_generic_to_shared(warp_shared)),
-               scale_rings[Keys::kScaled ? warp : 0], state);
-      } else {
-        follow_predecessor();
-      }
-      const float unit = !Keys::kScaled       ? 1.0f
-                         : scales.per_token() ? state.unit.value()
-                                              : scales.of_values();
-      put_state(state, unit, reinterpret_cast<float*>(warp_shared), meeting.sums[warp]);
-      __syncthreads();
-      meet(p, row0, shared, meeting);
-      // Rows beyond those that the host counted on are left to one CTA.
-      row0 += kRows;
-      if (row0 >= meeting.rows.count() || meeting.share.part > 0) return;
-      share = meeting.share.alone();
-      __syncthreads();  // the rings may be filled again
-      if (threadIdx.x == 0) meeting.share = share;
-    } while (true);
+  __device__ Tiles tiles(const Visibility& visibility, int32_t first, int32_t last) const {
+    return Tiles(visibility, first, last);
   }
-
- private:
-  // Waits for the predecessor; the next kernel may then start, which counts on all before this one.
-  __device__ static void follow_predecessor() {
-    grid_dependency_wait();
-    grid_dependency_launch();
+  __device__ static int32_t granule() { return kDecodeWarps; }
+  __device__ float unit(const State& state) const {
+    return !Keys::kScaled ? 1.0f : scales_.per_token() ? state.unit.value() : scales_.of_values();
   }
+  __device__ static int value_dim(int g, int i) { return Keys::value_dim(g, i); }
 
   // Adds the warp's slices of the span to its state.
-  __device__ static void attend(const hkv_attention_params& p, const Meeting& meeting, int32_t row0,
-                                const Tiles& tiles, const BlockTable<Kv>& table,
-                                const KvScales& scales, const TileSpan& span, uint32_t ring_shared,
-                                typename Ring::ScaleRing& scale_ring, State& state) {
+  __device__ void attend(const hkv_attention_params& p, const QueryRows& rows,
+                         const Visibility& visibility, int32_t row0, const Tiles& tiles,
+                         const TileSpan& span, uint32_t ring_shared, Side& scale_ring,
+                         State& state) const {
     const int lane = threadIdx.x % 32;
     const int first = span.begin + threadIdx.x / 32;
-    const bool scaled_tokens = Keys::kScaled && scales.per_token();
-    const QueryRows& rows = meeting.rows;
+    const bool scaled_tokens = Keys::kScaled && scales_.per_token();
     // Scales of tokens come through L1, where a line that was read early would stay.
     const int32_t settled_end = scaled_tokens ? 0 : rows.first_position();
-    Ring ring(ring_shared, scale_ring, table, scales, tiles, first, span.end, settled_end);
+    Ring ring(ring_shared, scale_ring, table_, scales_, tiles, first, span.end, settled_end);
     follow_predecessor();
 
     uint32_t query[kQueryTiles][kDim / 16][2];
-    float sm_scale = p.sm_scale * load_queries(p, rows, row0, query);
+    float sm_scale = p.sm_scale * load_queries<T, Operand, Keys>(p, rows, row0, query);
     if (Keys::kScaled) {
-      scales.prefetch_values();
-      sm_scale *= scales.of_keys();
+      scales_.prefetch_values();
+      sm_scale *= scales_.of_keys();
     }
     const LogitScale scale(sm_scale, p.logits_soft_cap);
     // This lane's row of the matrices of K (keys x dims) and of V (to be transposed).
@@ -233,7 +162,7 @@ class Decode {
       const KeyTile tile = tiles[slice];
       const bool in_tree =
           p.tree_mask != nullptr && tile.base + kSliceTokens > rows.first_position();
-      if (in_tree || !tiles.is_clear(tile)) mask(p, meeting, row0, tile, score);
+      if (in_tree || !tiles.is_clear(tile)) mask_scores(p, rows, visibility, row0, tile, score);
       state.raise(score, scale);
 
       uint32_t weight[kKeyTiles][kQueryTiles][kParts][2];
@@ -285,238 +214,19 @@ class Decode {
     __syncwarp();  // the warp is done with its ring
   }
 
-  // The queries as B fragments: lane (g, t) has the dims of its key columns, of query 8qt + g. Rows
-  // past the last are zero. Gives what their products are to be multiplied with.
-  __device__ static float load_queries(const hkv_attention_params& p, const QueryRows& rows,
-                                       int32_t row0, uint32_t (&query)[kQueryTiles][kDim / 16][2]) {
-    const int lane = threadIdx.x % 32;
-    uint32_t magnitudes = 0;
-#pragma unroll
-    for (int qt = 0; qt < kQueryTiles; ++qt) {
-      const int32_t row = row0 + qt * 8 + lane / 4;
-      const bool valid = row < rows.count();
-      const T* q = static_cast<const T*>(p.q);
-      if (valid) q += rows.token(row) * p.q_stride_token + rows.head(row) * p.q_stride_head;
-#pragma unroll
-      for (int d = 0; d < kDim / 16; ++d) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const T* pair = q + d * 16 + Keys::key_dim(lane % 4, i);
-          query[qt][d][i] = valid ? __ldcg(reinterpret_cast<const uint32_t*>(pair)) : 0u;
-          magnitudes = larger_pair(magnitudes, query[qt][d][i]);
-        }
-      }
-    }
-    if constexpr (std::is_same_v<T, Operand>) return 1.0f;
-    const QueryScale scale(__reduce_max_sync(kFullWarp, larger_half(magnitudes)));
-#pragma unroll
-    for (int qt = 0; qt < kQueryTiles; ++qt) {
-#pragma unroll
-      for (int d = 0; d < kDim / 16; ++d) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) query[qt][d][i] = scale.apply(query[qt][d][i]);
-      }
-    }
-    return scale.undo();
-  }
-
-  __device__ static void mask(const hkv_attention_params& p, const Meeting& meeting, int32_t row0,
-                              const KeyTile& tile, float (&score)[kKeyTiles][kQueryTiles][4]) {
-    const int lane = threadIdx.x % 32;
-    const int32_t key = tile.base + lane / 4;
-#pragma unroll
-    for (int qt = 0; qt < kQueryTiles; ++qt) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int32_t row = row0 + qt * 8 + lane % 4 * 2 + c;
-        const SeenKeys seen(meeting.visibility, tile, meeting.rows.position(row), key);
-        const TreeRow tree(p, meeting.rows, row);
-#pragma unroll
-        for (int kt = 0; kt < kKeyTiles; ++kt) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int offset = kt * 16 + h * 8;
-            if (!seen.has(offset) || tree.hides(key + offset)) score[kt][qt][c + 2 * h] = -INFINITY;
-          }
-        }
-      }
-    }
-  }
-
-  // Puts the warp's state into shared memory: output [row][dim] in units of 1 / `unit`, bases and
-  // sums.
-  __device__ static void put_state(const State& state, float unit, float* output, float2* sums) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int qt = 0; qt < kQueryTiles; ++qt) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int row = qt * 8 + lane % 4 * 2 + c;
-        float total = state.sum[qt][c];
-#pragma unroll
-        for (int delta = 4; delta < 32; delta *= 2) {
-          total += __shfl_xor_sync(kFullWarp, total, delta);
-        }
-        if (lane / 4 == 0) sums[row] = make_float2(state.base[qt][c], total);
-#pragma unroll
-        for (int d = 0; d < kDim / 16; ++d) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            output[row * kPitch + d * 16 + Keys::value_dim(lane / 4, i)] =
-                state.output[qt][d][c + 2 * i] * unit;
-          }
-        }
-      }
-    }
-  }
-
-  // Merges the warps' states and writes the rows; where the sequence has other parts, the CTA that
-  // comes last does, with the states of all.
-  __device__ static void meet(const hkv_attention_params& p, int32_t row0, uint8_t* shared,
-                              Meeting& meeting) {
-    const QueryRows& rows = meeting.rows;
-    const DecodeShare& share = meeting.share;
-    const int num_rows = min(rows.count() - row0, kRows);
-    if (num_rows <= 0) return;
-    const auto into_output = [&](int row, const Row& state) {
-      put_result(p, rows, row0 + row, state);
-    };
-    if (share.parts == 1) return merge_warps(shared, meeting, num_rows, into_output);
-
-    // The states of the parts lie Hk apart.
-    const int64_t first =
-        (share.entry - share.part) * static_cast<int64_t>(p.num_kv_heads) + share.kv_head;
-    PartState* const states = reinterpret_cast<PartState*>(p.partial_out) + first;
-    PartState& own = states[share.part * p.num_kv_heads];
-    const int lane = threadIdx.x % 32;
-    merge_warps(shared, meeting, num_rows, [&](int row, const Row& state) {
-      own.output[row][lane] = state.output;
-      if (lane == 0) own.sums[row] = make_float2(state.base, state.sum);
-    });
-    __syncthreads();  // the state has been written
-    if (threadIdx.x == 0) {
-      meeting.is_last = atomic_arrive(p.arrivals + first) == share.parts - 1;
-      if (meeting.is_last) p.arrivals[first] = 0;
-    }
-    __syncthreads();
-    if (meeting.is_last) {
-      merge_parts(states, p.num_kv_heads, share.parts, num_rows, shared, into_output);
-    }
-  }
-
-  // Merges the warps' states in shared memory and gives the first rows to `put`.
-  template <typename Put>
-  __device__ static void merge_warps(const uint8_t* shared, const Meeting& meeting, int num_rows,
-                                     Put put) {
-    const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32;
-    Row merged[kWarpRows];
-#pragma unroll
-    for (int u = 0; u < kWarpRows; ++u) {
-      const int row = u * kDecodeWarps + warp;
-      float2 sums[kDecodeWarps];
-      float top = -INFINITY;
-#pragma unroll
-      for (int w = 0; w < kDecodeWarps; ++w) {
-        sums[w] = meeting.sums[w][row];
-        top = fmaxf(top, sums[w].x);
-      }
-      merged[u].raise(top);
-#pragma unroll
-      for (int w = 0; w < kDecodeWarps; ++w) {
-        const float share = rescale(sums[w].x, top);
-        const float* output = reinterpret_cast<const float*>(shared + w * kRingBytes);
-        merged[u].sum = fmaf(share, sums[w].y, merged[u].sum);
-        merged[u].add(share, reinterpret_cast<const Dims*>(output + row * kPitch)[lane]);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kWarpRows; ++u) {
-      const int row = u * kDecodeWarps + warp;
-      if (row < num_rows) put(row, merged[u]);
-    }
-  }
-
-  // Merges the states of the parts, `stride` apart, in their order, and gives the first rows to
-  // `put`. They come through shared memory, of as many parts at a time as fit, and a warp waits for
-  // its own rows alone; lane n has the sums of part n.
-  template <typename Put>
-  __device__ static void merge_parts(const PartState* states, int64_t stride, int parts,
-                                     int num_rows, uint8_t* shared, Put put) {
-    constexpr int kRowBytes = sizeof(PartState::output[0]);
-    const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32;
-    const int at_once = min(Tune::kSharedBytes / (num_rows * kRowBytes), 32);
-    const uint32_t staged_shared = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    Row merged[kWarpRows];
-    for (int first = 0; first < parts; first += at_once) {
-      const int count = min(parts - first, at_once);
-      const PartState* const group = states + first * stride;
-      float2 sums[kWarpRows];
-#pragma unroll
-      for (int u = 0; u < kWarpRows; ++u) {
-        const int row = u * kDecodeWarps + warp;
-        if (row >= num_rows) break;
-        sums[u] = make_float2(-INFINITY, 0.0f);
-        if (lane < count) sums[u] = __ldcg(&group[lane * stride].sums[row]);
-        const uint32_t to = staged_shared + row * at_once * kRowBytes;
-        for (int n = 0; n < count; ++n) {
-          const uint8_t* from = reinterpret_cast<const uint8_t*>(group[n * stride].output[row]);
-#pragma unroll
-          for (int at = lane * 16; at < kRowBytes; at += 512) {
-            cp_async_16(to + n * kRowBytes + at, from + at, true);
-          }
-        }
-      }
-      cp_async_commit();
-      float share[kWarpRows];
-#pragma unroll
-      for (int u = 0; u < kWarpRows; ++u) {
-        if (u * kDecodeWarps + warp < num_rows) share[u] = merged[u].take_sums(sums[u]);
-      }
-      cp_async_wait<0>();
-      __syncwarp();  // all lanes' copies have landed
-#pragma unroll
-      for (int u = 0; u < kWarpRows; ++u) {
-        const int row = u * kDecodeWarps + warp;
-        if (row >= num_rows) break;
-        const Dims* staged = reinterpret_cast<const Dims*>(shared + row * at_once * kRowBytes);
-#pragma unroll 4
-        for (int n = 0; n < count; ++n) {
-          merged[u].add(__shfl_sync(kFullWarp, share[u], n), staged[n * 32 + lane]);
-        }
-      }
-      __syncwarp();  // the next may take their place
-    }
-#pragma unroll
-    for (int u = 0; u < kWarpRows; ++u) {
-      const int row = u * kDecodeWarps + warp;
-      if (row < num_rows) put(row, merged[u]);
-    }
-  }
-
-  // Closes a row and writes it to the output.
-  __device__ static void put_result(const hkv_attention_params& p, const QueryRows& rows,
-                                    int32_t row, const Row& state) {
-    const int lane = threadIdx.x % 32;
-    const int64_t token = rows.token(row);
-    const int32_t head = rows.head(row);
-    const ClosedRow closed(state.base, state.sum,
-                           p.sink_logits == nullptr ? -INFINITY : p.sink_logits[head]);
-    T* out = static_cast<T*>(p.out) + token * p.out_stride_token + head * p.out_stride_head;
-    state.template put<T>(closed.scale, out + lane * (kDim / 32));
-    if (lane == 0 && p.lse != nullptr) p.lse[token * p.num_qo_heads + head] = closed.lse;
-  }
+ private:
+  const BlockTable<Kv> table_;
+  const KvScales scales_;
 };
 
 }  // namespace
 }  // namespace hkv
 
-#define HKV_DECODE_KERNEL(name, type, kv, dim, query_tiles, narrow)               \
-  extern "C" __global__ void __launch_bounds__(                                   \
-      HKV_DECODE_THREADS, hkv::Decode<type, kv, dim, query_tiles, narrow>::kCtas) \
-      name(const __grid_constant__ hkv_attention_params p) {                      \
-    hkv::Decode<type, kv, dim, query_tiles, narrow>::run(p);                      \
+#define HKV_DECODE_KERNEL(name, type, kv, dim, query_tiles, narrow)                               \
+  extern "C" __global__ void __launch_bounds__(                                                   \
+      HKV_DECODE_THREADS, hkv::DecodeCta<hkv::Slices<type, kv, dim, query_tiles, narrow>>::kCtas) \
+      name(const __grid_constant__ hkv_attention_params p) {                                      \
+    hkv::DecodeCta<hkv::Slices<type, kv, dim, query_tiles, narrow>>::run(p);                      \
   }
 // Registers do not reach for 16 rows of 256 dims.
 #define HKV_DECODE(name, type, kv)                            \

@@ -15,6 +15,7 @@
 
 #include "abi/params.h"
 #include "policy/block_table.cuh"
+#include "policy/dynamic_shared.cuh"
 #include "policy/element.cuh"
 #include "policy/kv_element.cuh"
 #include "policy/kv_scales.cuh"
@@ -75,7 +76,7 @@ class Prefill {
 
  public:
   __device__ static void run(const hkv_attention_params& p) {
-    extern __shared__ __align__(1024) uint8_t shared[];
+    uint8_t* const shared = dynamic_shared<uint8_t>();
     grid_dependency_launch();
 
     const int32_t kv_head = blockIdx.x % p.num_kv_heads;

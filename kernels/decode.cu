@@ -16,6 +16,7 @@
 #include "policy/codec_int.cuh"
 #include "policy/codec_lx4.cuh"
 #include "policy/codec_raw.cuh"
+#include "policy/dynamic_shared.cuh"
 
 namespace {
 
@@ -25,7 +26,7 @@ constexpr uint32_t kHashWord = 3;  // of the header
 
 template <typename Codec>
 __device__ void decode(const hkv_codec_params& p) {
-  extern __shared__ uint4 shared[];
+  uint4* const shared = hkv::dynamic_shared<uint4>();
   __shared__ uint64_t warp_hashes[kWarps];
   const int warp = threadIdx.x / hkv::kWarpLanes;
   const int planes = 2 * p.num_layers * p.num_kv_heads;

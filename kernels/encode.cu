@@ -15,6 +15,7 @@
 #include "policy/codec_int.cuh"
 #include "policy/codec_lx4.cuh"
 #include "policy/codec_raw.cuh"
+#include "policy/dynamic_shared.cuh"
 
 namespace {
 
@@ -37,7 +38,7 @@ __device__ uint64_t cta_sum(uint64_t value, uint64_t (&warps)[kWarps]) {
 
 template <typename Codec>
 __device__ void encode(const hkv_codec_params& p) {
-  extern __shared__ uint4 shared[];
+  uint4* const shared = hkv::dynamic_shared<uint4>();
   __shared__ uint64_t warp_hashes[kWarps];
   const int warp = threadIdx.x / hkv::kWarpLanes;
   const int planes = 2 * p.num_layers * p.num_kv_heads;

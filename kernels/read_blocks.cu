@@ -10,6 +10,7 @@
 #include "policy/block_table.cuh"
 #include "policy/decode_share.cuh"
 #include "policy/decode_tuning.cuh"
+#include "policy/dynamic_shared.cuh"
 #include "policy/kv_scales.cuh"
 #include "policy/query_rows.cuh"
 #include "policy/slice_ring.cuh"
@@ -32,7 +33,7 @@ class ReadBlocks {
   static constexpr int kCtas = Tune::kCtas;
 
   __device__ static void run(const hkv_read_blocks_params& params) {
-    extern __shared__ __align__(1024) uint8_t shared[];
+    uint8_t* const shared = dynamic_shared<uint8_t>();
     __shared__ typename Ring::ScaleRing scale_rings[kScaled ? kDecodeWarps : 1];
     const hkv_attention_params& p = params.attention;
     if (p.reads_early == 0) grid_dependency_wait();
@@ -44,7 +45,7 @@ class ReadBlocks {
     const hkv_window window = p.windows[p.layer];
     const KeyTiles<kSliceTokens> tiles(Visibility(window), rows.position(0),
                                        rows.position(rows.count() - 1));
-    const TileSpan span = share.of(tiles.count());
+    const TileSpan span = share.of(tiles.count(), kDecodeWarps);
     const BlockTable<Kv> table(p, window, share.seq, share.kv_head);
     const KvScales scales(p, window, share.kv_head);
     const int warp = threadIdx.x / 32;

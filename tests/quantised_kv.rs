@@ -219,6 +219,7 @@ impl Case {
             dtype: self.dtype,
             lse: None,
             kv: view,
+            sealed: None,
             qo_indptr,
             kv_len,
             tables: BlockTables { block_ids, block_row, first_block: None, num_groups: 1 },

@@ -15,6 +15,11 @@
 //   k + b * kv_stride_block + l * kv_stride_layer + h * kv_stride_head + t * kv_stride_token
 // and the same for v: every layout (BlockFirst, LayerFirst, HND, NHD) is a choice of bases and strides.
 //
+// Sealed blocks. A block id with HKV_SEALED_BLOCK set names, without it, a slot of `sealed`: a full block
+// that a codec (int8 or int4, src/codec/int.rs) has written, whose layers and heads lie at fixed places.
+// Blocks of 16 bits and sealed ones stand side by side in a row of the table. Sealed blocks have at
+// least 16 tokens.
+//
 // Scales. Keys and values of 8 bits stand for element * scale. The scale of token t of block b, layer
 // slot l, head h lies at
 //   k_scale + b * scale_stride_block + l * scale_stride_layer + h * scale_stride_head
@@ -56,9 +61,11 @@ typedef struct hkv_append_params {
 } hkv_append_params;
 
 // Launch shapes on which kernels and launchers agree; shared memory is dynamic.
+#define HKV_SEALED_BLOCK 0x40000000
 #define HKV_DECODE_THREADS 128
 #define HKV_DECODE_SHARED_BYTES 98304
 #define HKV_DECODE_NARROW_SHARED_BYTES 49152  // of the kernels of which four share an SM
+#define HKV_SEALED_SHARED_BYTES 110592  // of decode with sealed blocks
 #define HKV_PLAN_THREADS 1024  // at most
 #define HKV_PLAN_MAX_CLASSES 8
 #define HKV_PLAN_MAX_SEQS 4096
@@ -131,6 +138,12 @@ typedef struct hkv_attention_params {
   float* partial_out;          // prefill: [num_splits, T, Hq, D], null when num_splits == 1; decode:
                                // [cut parts, Hk, rows * (D + 2)], rows (8 or 16) of the kernel
   float* partial_lse;          // prefill: [num_splits, T, Hq], null when num_splits == 1
+  const void* sealed;          // decode: slots of sealed blocks, or null: there are none
+  int64_t sealed_stride;       // bytes from slot to slot
+  int32_t sealed_key_groups;   // bytes from the start of a slot to this layer's first head of: zeros
+  int32_t sealed_value_groups;  // and steps of K, of V, codes of K, of V
+  int32_t sealed_keys;
+  int32_t sealed_values;
   int64_t q_stride_token;
   int64_t q_stride_head;
   int64_t out_stride_token;

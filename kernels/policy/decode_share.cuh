@@ -38,7 +38,10 @@ struct DecodeShare {
     share.parts = 1;
     return share;
   }
-  __device__ TileSpan of(int32_t tiles) const { return TileSpan(tiles, part, parts, kDecodeWarps); }
+  // Its tiles, cut at multiples of `granule`.
+  __device__ TileSpan of(int32_t tiles, int32_t granule) const {
+    return TileSpan(tiles, part, parts, granule);
+  }
 };
 
 }  // namespace hkv

@@ -22,6 +22,14 @@ struct DecodeTuning {
   static constexpr int kInFlightBytes = (128 << 10) / (kCtas * kDecodeWarps);
 };
 
+// Of batches with sealed blocks.
+struct SealedTuning {
+  static constexpr int kCtas = 2;
+  static constexpr int kSharedBytes = HKV_SEALED_SHARED_BYTES;
+  static constexpr int kRingBytes = kSharedBytes / kDecodeWarps;
+  static constexpr int kInFlightBytes = (128 << 10) / (kCtas * kDecodeWarps);
+};
+
 }  // namespace hkv
 
 #endif  // HYBRIDKV_POLICY_DECODE_TUNING_CUH_

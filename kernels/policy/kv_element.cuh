@@ -17,15 +17,22 @@
 
 namespace hkv {
 
+template <typename T>
+__device__ __forceinline__ uint32_t load_pair(const T* pair) {
+  return __ldcg(reinterpret_cast<const uint32_t*>(pair));
+}
+
 template <typename Kv>
 struct KvElement {
   using Operand = Kv;  // type of the products' operands
   static constexpr int kFragments = 1;
   static constexpr bool kScaled = false;
 
-  // Dims of a lane's key columns 0, 1 (i = 0) and 8, 9 (i = 1) of a fragment: this one and the
-  // next.
-  __device__ static int key_dim(int t, int i) { return 2 * t + 8 * i; }
+  // The elements of a query at a lane's key columns 0, 1 (i = 0) or 8, 9 (i = 1) of fragment f.
+  template <typename T>
+  __device__ static uint32_t pair(const T* q, int t, int f, int i) {
+    return load_pair(q + 16 * f + 2 * t + 8 * i);
+  }
   // Dim of the output row g (i = 0) or g + 8 (i = 1) of a fragment.
   __device__ static int value_dim(int g, int i) { return g + 8 * i; }
 
@@ -47,7 +54,10 @@ struct KvElement<E4m3> {
   static constexpr int kFragments = 2;
   static constexpr bool kScaled = true;
 
-  __device__ static int key_dim(int t, int i) { return 4 * t + 2 * i; }
+  template <typename T>
+  __device__ static uint32_t pair(const T* q, int t, int f, int i) {
+    return load_pair(q + 16 * f + 4 * t + 2 * i);
+  }
   __device__ static int value_dim(int g, int i) { return 2 * g + i; }
 
   __device__ static void keys(uint32_t (&a)[kFragments][4], const uint32_t (&m)[4]) {

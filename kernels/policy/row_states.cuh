@@ -17,7 +17,8 @@ struct WarpState {
   float base[kQueryTiles][2];
   float sum[kQueryTiles][2];
   float output[kQueryTiles][kDim / 16][4];
-  ValueUnit unit;  // of the output, where values have scales of their own
+  float common[kQueryTiles][2];  // what is to be added to all dims of the output; of own keys
+  ValueUnit unit;                // of the output, where values have scales of their own
 
   __device__ WarpState() {
 #pragma unroll
@@ -26,6 +27,7 @@ struct WarpState {
       for (int c = 0; c < 2; ++c) {
         base[qt][c] = -INFINITY;
         sum[qt][c] = 0.0f;
+        common[qt][c] = 0.0f;
       }
 #pragma unroll
       for (int d = 0; d < kDim / 16; ++d) {
@@ -61,6 +63,7 @@ struct WarpState {
         base[qt][c] = raised(old, scale.logit(over_keys(top[qt][c])));
         const float keep = rescale(old, base[qt][c]);
         sum[qt][c] *= keep;
+        common[qt][c] *= keep;
 #pragma unroll
         for (int d = 0; d < kDim / 16; ++d) {
           output[qt][d][c] *= keep;
@@ -80,6 +83,8 @@ struct WarpState {
     const float keep = unit.raise(over_keys(top));
 #pragma unroll
     for (int qt = 0; qt < kQueryTiles; ++qt) {
+      common[qt][0] *= keep;
+      common[qt][1] *= keep;
 #pragma unroll
       for (int d = 0; d < kDim / 16; ++d) {
 #pragma unroll

@@ -1,7 +1,7 @@
 // The layout of tiles of rows of kRowBytes bytes in shared memory: rows without padding, the
 // 16-byte chunks of a row permuted so that the same chunk of 8 neighbouring rows lies in different
 // banks: chunk c of row r at c ^ (r % 8), or at c ^ (r / 2 % 4) where two rows of 64 bytes share
-// the banks. Tiles are aligned to 128 bytes.
+// the banks, at c ^ (r / 4 % 2) where four of 32 do. Tiles are aligned to 128 bytes.
 #ifndef HYBRIDKV_POLICY_SWIZZLE_CUH_
 #define HYBRIDKV_POLICY_SWIZZLE_CUH_
 
@@ -13,11 +13,11 @@ template <int kRowBytes_>
 struct Swizzle {
   static constexpr int kRowBytes = kRowBytes_;
   static constexpr int kChunks = kRowBytes / 16;
-  static_assert(kRowBytes >= 64 && kRowBytes % 64 == 0);
+  static_assert(kRowBytes == 32 || kRowBytes % 64 == 0);
 
   // Byte offset of a chunk from the start of the tile.
   __device__ static uint32_t offset(int row, int chunk) {
-    const int permutation = kRowBytes == 64 ? row / 2 & 3 : row & 7;
+    const int permutation = kRowBytes == 32 ? row / 4 & 1 : kRowBytes == 64 ? row / 2 & 3 : row & 7;
     return row * kRowBytes + ((chunk ^ permutation) << 4);
   }
 

@@ -57,39 +57,45 @@ struct SeenKeys {
 
 // The tiles of `kTokens` keys that queries at the positions first .. last visit, numbered 0 ..
 // count - 1: those of the sinks, then those of the live keys after them, from the first query's
-// first key to the last query.
+// first key to the last query. kTokens == 0: as many as the kernel finds out.
 template <int kTokens>
 class KeyTiles {
  public:
   KeyTiles() = default;
-  __device__ KeyTiles(const Visibility& visibility, int32_t first, int32_t last) {
+  __device__ KeyTiles(const Visibility& visibility, int32_t first, int32_t last,
+                      int32_t tokens = kTokens)
+      : tokens_(tokens) {
     live_end_ = max(last + 1, 0);
     sink_end_ = min(visibility.sink_tokens, live_end_);
     live_begin_ = max(visibility.first_key(max(first, 0)), visibility.sink_tokens);
     clear_begin_ = max(visibility.first_key(max(last, 0)), live_begin_);
     clear_end_ = first + 1;
     sink_tiles_ = tiles_to(sink_end_);
-    const int32_t live_first = live_begin_ / kTokens;
+    const int32_t live_first = live_begin_ / this->tokens();
     skipped_tiles_ = live_first - sink_tiles_;
     count_ = sink_tiles_ + max(tiles_to(live_end_) - live_first, 0);
   }
 
   __device__ int32_t count() const { return count_; }
+  __device__ int32_t tokens() const { return kTokens > 0 ? kTokens : tokens_; }
 
   __device__ KeyTile operator[](int32_t n) const {
-    if (n < sink_tiles_) return {n * kTokens, 0, sink_end_, true};
-    return {(n + skipped_tiles_) * kTokens, live_begin_, live_end_, false};
+    if (n < sink_tiles_) return {n * tokens(), 0, sink_end_, true};
+    return {(n + skipped_tiles_) * tokens(), live_begin_, live_end_, false};
   }
 
   // Whether every query sees every key of the tile, so that no mask is needed.
-  __device__ bool is_clear(const KeyTile& tile) const {
+  __device__ bool is_clear(const KeyTile& tile) const { return is_clear(tile, tokens()); }
+  // The same of the first `count` keys of a tile.
+  __device__ bool is_clear(const KeyTile& tile, int32_t count) const {
     const int32_t begin = tile.sinks ? 0 : clear_begin_;
-    return tile.base >= begin && tile.base + kTokens <= min(tile.end, clear_end_);
+    return tile.base >= begin && tile.base + count <= min(tile.end, clear_end_);
   }
 
  private:
-  __device__ static int32_t tiles_to(int32_t end) { return end / kTokens + (end % kTokens != 0); }
+  __device__ int32_t tiles_to(int32_t end) const { return end / tokens() + (end % tokens() != 0); }
 
+  int32_t tokens_;      // where kTokens is 0
   int32_t sink_end_;    // keys [0, sink_end_) are visited as sinks
   int32_t live_begin_;  // keys [live_begin_, live_end_) are visited as live keys
   int32_t live_end_;

@@ -25,7 +25,7 @@ use crate::error::Result;
 use crate::layout::Dtype;
 
 /// Integers of this many bits.
-pub(super) struct Int {
+pub(crate) struct Int {
     bits: u32,
     rotates_values: bool,
 }
@@ -84,22 +84,46 @@ impl Int {
         ((1u32 << self.bits) - 1) as f32
     }
 
+    /// Bytes of a plane: of the groups of K, of those of V, of codes without pairs.
+    pub(super) fn plane_bytes(&self, geometry: &Geometry) -> [usize; 3] {
+        let key_groups = geometry.block_size().div_ceil(GROUP_TOKENS) * geometry.head_dim();
+        let codes = geometry.plane_elements() * if self.bits == 8 { 2 } else { 1 } / 2;
+        [key_groups * AFFINE_BYTES, geometry.block_size() * AFFINE_BYTES, codes]
+    }
+
+    /// Reads a row of 8- or 4-bit codes. `groups` has zero and step of every channel, or those of all: K and V.
+    pub(crate) fn read_row(&self, dtype: Dtype, groups: &[u8], codes: &[u8], row: &mut [f64]) {
+        let groups = groups.as_chunks::<AFFINE_BYTES>().0;
+        let mut bytes = vec![0; row.len()];
+        match self.bits {
+            8 => bytes.copy_from_slice(codes),
+            _ => unpack_nibbles(codes, &mut bytes),
+        }
+        let mut values: Vec<f32> = (bytes.iter().enumerate())
+            .map(|(i, &code)| Affine::from_bytes(dtype, groups[i % groups.len()]).value(code))
+            .collect();
+        if self.rotates_values && groups.len() == 1 {
+            rotate(&mut values);
+        }
+        row.iter_mut().zip(values).for_each(|(x, value)| *x = value.into());
+    }
+
+    /// Tokens of a block from the first of `token`'s group of K on are of one group.
+    pub(crate) const fn key_group(token: usize) -> usize {
+        token / GROUP_TOKENS
+    }
+
+    /// Bits of a code.
+    pub(crate) const fn bits(&self) -> u32 {
+        self.bits
+    }
+
     /// Groups of K, of V; bytes or nibbles, pairs.
     fn lengths(&self, geometry: &Geometry) -> [usize; 4] {
-        let elements = geometry.elements();
-        let (codes, pairs) = match self.bits {
-            8 => (elements, 0),
-            6 => (elements / 2, elements / 4),
-            _ => (elements / 2, 0),
-        };
-        let planes = geometry.planes() / 2;
-        let key_groups = geometry.block_size().div_ceil(GROUP_TOKENS) * geometry.head_dim();
-        [
-            planes * key_groups * AFFINE_BYTES,
-            planes * geometry.block_size() * AFFINE_BYTES,
-            codes,
-            pairs,
-        ]
+        let planes = geometry.planes();
+        let [key_groups, value_groups, codes] = self.plane_bytes(geometry);
+        let pairs = if self.bits == 6 { geometry.elements() / 4 } else { 0 };
+        [planes / 2 * key_groups, planes / 2 * value_groups, planes * codes, pairs]
     }
 
     fn pack(&self, plane: usize, codes: &[u8], words: &mut [u8], pairs: &mut [u8]) {

@@ -37,6 +37,7 @@ mod pack;
 mod raw;
 mod rotate;
 mod round;
+mod sealed;
 mod window;
 
 #[cfg(test)]
@@ -47,6 +48,8 @@ use std::fmt;
 pub use geometry::Geometry;
 pub use hash::content_hash;
 pub use header::Header;
+pub(crate) use int::Int;
+pub use sealed::LayerPlaces;
 
 use crate::error::{Error, ErrorKind, Result};
 

@@ -422,6 +422,7 @@ impl hkv_attention_args {
             dtype: dtype(self.dtype, "dtype")?,
             lse: self.lse.given(),
             kv: self.kv.to_ops()?,
+            sealed: None,
             qo_indptr: self.qo_indptr.to_ops(),
             kv_len: self.kv_len.to_ops(),
             tables: BlockTables {

@@ -1,7 +1,8 @@
 //! `attention`: paged attention over a block table, for any kind of layer, decode and chunked prefill.
 //!
-//! Two kernels serve it. `attention_decode.cu` is for at most 16 query rows per KV head (query tokens times
-//! query heads per KV head; 8 of 256 dimensions), `attention_prefill.cu` for more. Few queries over many keys fill the GPU all
+//! Three kernels serve it. `attention_decode.cu` is for at most 16 query rows per KV head (query tokens times
+//! query heads per KV head; 8 of 256 dimensions), `attention_prefill.cu` for more;
+//! `attention_decode_sealed.cu` is decode where blocks lie sealed beside others. Few queries over many keys fill the GPU all
 //! the same: decode cuts sequences into parts as a [`Plan`] says and merges them itself, prefill cuts the keys
 //! of every query tile into splits, whose partial states go through the workspace and `merge_states`. Kernel
 //! and CTAs are chosen here from upper bounds ([`split`]); what a CTA really does it computes on the device
@@ -11,6 +12,7 @@ use super::split::{self, Bounds, Variant, WorkList};
 use super::strides::HeadStrides;
 use super::{Kernel, Kernels, Loader, Plan, checks, cpu, merge};
 use crate::abi::{self, hkv_attention_params, hkv_merge_params, hkv_window};
+use crate::codec::{Codec, Geometry, LayerPlaces};
 use crate::device::cuda::LaunchConfig;
 use crate::device::{DeviceInfo, Span, StreamRef};
 use crate::error::{Error, Result};
@@ -60,6 +62,62 @@ pub struct BlockTables {
     pub num_groups: u32,
 }
 
+/// The bit of a block id in a block table that makes the rest of it the number of a slot of [`SealedView`].
+pub const SEALED_BLOCK: i32 = abi::HKV_SEALED_BLOCK as i32;
+
+/// One layer of sealed blocks: full blocks in slots of [`Codec::Int8`] or [`Codec::Int4`], as
+/// [`Kernels::encode`](crate::ops::Kernels::encode) writes them, in device memory.
+#[derive(Debug, Clone, Copy)]
+pub struct SealedView {
+    /// The slots.
+    pub slots: Span,
+    /// How many may be named by a block table: fewer than [`SEALED_BLOCK`].
+    pub num_slots: u64,
+    /// Bytes from slot to slot, a multiple of 16, at least those of a slot.
+    pub slot_stride: u64,
+    /// How they are written.
+    pub codec: Codec,
+    /// What they hold: blocks of the view's heads, head dimension, block size and 16-bit elements.
+    pub geometry: Geometry,
+    /// The layer to attend among those of the geometry.
+    pub layer: u32,
+}
+
+impl SealedView {
+    /// Checks that slots are where they are said to be, and of blocks as those of `kv`.
+    fn check(&self, kv: &KvView) -> Result<()> {
+        self.codec.layer_places(&self.geometry, self.layer)?;
+        let geometry = &self.geometry;
+        let (heads, head_dim) = (kv.shape.num_kv_heads as usize, kv.shape.head_dim as usize);
+        let fits = geometry.num_kv_heads() == heads
+            && geometry.head_dim() == head_dim
+            && geometry.block_size() == kv.block_size as usize
+            && geometry.dtype() == kv.shape.dtype;
+        if !fits {
+            let given =
+                format!("sealed blocks of {geometry} beside blocks of other shapes or types");
+            return Err(Error::invalid(OP, given));
+        }
+        if kv.block_size < MIN_SEALED_TOKENS {
+            let supported = format!("{MIN_SEALED_TOKENS} or more");
+            return Err(Error::unsupported(OP, "sealed block size", kv.block_size, supported));
+        }
+        if self.num_slots > SEALED_BLOCK as u64 {
+            return Err(Error::unsupported(OP, "num_slots", self.num_slots, "up to 2^30"));
+        }
+        let bytes = self.codec.slot_bytes(geometry)? as u64;
+        if self.slot_stride < bytes || !self.slot_stride.is_multiple_of(16) {
+            let what = format!(
+                "slots {} bytes apart: a multiple of 16, {bytes} or more, is needed",
+                self.slot_stride
+            );
+            return Err(Error::invalid(OP, what));
+        }
+        let needed = self.num_slots.saturating_mul(self.slot_stride);
+        self.slots.check(OP, "the sealed blocks", needed, 16)
+    }
+}
+
 /// Arguments of [`Kernels::attention`](crate::ops::Kernels::attention).
 #[derive(Debug, Clone, Copy)]
 pub struct AttentionArgs {
@@ -77,6 +135,9 @@ pub struct AttentionArgs {
     pub lse: Option<Span>,
     /// Keys and values.
     pub kv: KvView,
+    /// Sealed blocks beside them, which ids with [`SEALED_BLOCK`] name; `None`: there are none. Decode alone reads
+    /// them.
+    pub sealed: Option<SealedView>,
     /// `[num_seqs + 1]` i32 on the device: query tokens of sequence `s` are `[s] .. [s + 1]`.
     pub qo_indptr: Span,
     /// `[num_seqs]` i32 on the device: tokens of each sequence, the new ones included.
@@ -125,6 +186,14 @@ pub(super) const HEAD_DIMS: [u32; 3] = [64, 128, 256];
 /// What the type of keys and values adds to a kernel's name: nothing where it is the queries'.
 const KV_SUFFIXES: [&str; 2] = ["", "_e4m3"];
 
+/// Head dimensions and query rows per KV head that the kernels for sealed blocks are built for.
+const SEALED_HEAD_DIMS: [u32; 2] = [64, 128];
+const SEALED_ROWS: u64 = 8;
+/// Tokens of the smallest sealed block.
+const MIN_SEALED_TOKENS: u32 = 16;
+/// Codecs of sealed blocks, as kernels/attention_decode_sealed.cu has them.
+const SEALED_CODECS: [Codec; 2] = [Codec::Int8, Codec::Int4];
+
 /// The decode kernels of a head dimension, as they end in kernels/attention_decode.cu.
 const DECODE_VARIANTS: [(Variant, &str); 3] =
     [(Variant::Decode8, "r8"), (Variant::Decode8Narrow, "r8_narrow"), (Variant::Decode16, "r16")];
@@ -134,6 +203,8 @@ pub(super) struct Loaded {
     decode: [[[[Kernel; DECODE_VARIANTS.len()]; 3]; 2]; 2],
     /// By type of the queries, whether KV is e4m3, and head dimension.
     prefill: [[[Kernel; 3]; 2]; 2],
+    /// By type of the queries, codec and head dimension.
+    sealed: [[[Kernel; SEALED_HEAD_DIMS.len()]; SEALED_CODECS.len()]; 2],
 }
 
 impl Loaded {
@@ -142,6 +213,7 @@ impl Loaded {
         let mut loaded = Self {
             decode: [[[[none; DECODE_VARIANTS.len()]; 3]; 2]; 2],
             prefill: [[[none; 3]; 2]; 2],
+            sealed: [[[none; SEALED_HEAD_DIMS.len()]; SEALED_CODECS.len()]; 2],
         };
         let decode = loader.file("attention_decode")?;
         for (dtype, by_dtype) in DTYPES.iter().zip(&mut loaded.decode) {
@@ -164,6 +236,16 @@ impl Loaded {
             }
         }
         drop(decode);
+        let sealed = loader.file("attention_decode_sealed")?;
+        for (dtype, by_dtype) in DTYPES.iter().zip(&mut loaded.sealed) {
+            for (codec, by_codec) in SEALED_CODECS.iter().zip(by_dtype) {
+                for (dim, kernel) in SEALED_HEAD_DIMS.iter().zip(by_codec) {
+                    let name = format!("hkv_attention_decode_{}_{codec}_d{dim}_r8", dtype.name());
+                    *kernel = sealed(&name, Variant::Sealed.shared_bytes())?;
+                }
+            }
+        }
+        drop(sealed);
         let prefill = loader.file("attention_prefill")?;
         for (dtype, by_dtype) in DTYPES.iter().zip(&mut loaded.prefill) {
             for (kv, by_kv) in KV_SUFFIXES.iter().zip(by_dtype) {
@@ -302,15 +384,25 @@ impl Kernels {
                 LaunchConfig::linear(ctas, abi::HKV_PREFILL_THREADS)
                     .with_shared(abi::HKV_PREFILL_SHARED_BYTES),
             ),
+            Way::Decode { variant: Variant::Sealed, .. } => {
+                let codec = args.sealed.map_or(SEALED_CODECS[0], |sealed| sealed.codec);
+                let of = SEALED_CODECS.iter().position(|&of| of == codec).unwrap_or_default();
+                let kernel = &self.attention.sealed[by_dtype][of][dim];
+                (kernel, self.decode_config(ctas, Variant::Sealed))
+            }
             Way::Decode { variant, .. } => {
                 let of = DECODE_VARIANTS.iter().position(|&(of, _)| of == variant);
                 let kernel = &self.attention.decode[by_dtype][e4m3][dim][of.unwrap_or_default()];
                 (kernel, self.decode_config(ctas, variant))
             }
         };
+        let kv = cpu::KvFormat {
+            dtype: shape.dtype,
+            head_dim: shape.head_dim as usize,
+            sealed: args.sealed.and_then(|sealed| sealed.codec.attended()),
+        };
         // SAFETY: runs when the stream gets to it, while the caller's promise holds.
-        let on_cpu =
-            move |p: &_| unsafe { cpu::attention(p, dtype, shape.dtype, shape.head_dim as usize) };
+        let on_cpu = move |p: &_| unsafe { cpu::attention(p, dtype, kv) };
         // SAFETY: the parameters are those of the kernel; memory is the caller's promise.
         unsafe { self.launch(kernel, config, &params, stream, on_cpu)? };
         if params.num_splits == 1 {
@@ -378,6 +470,9 @@ impl AttentionArgs {
     /// The kernel for these arguments.
     pub(super) fn variant(&self, device: &DeviceInfo) -> Variant {
         let shape = &self.kv.shape;
+        if self.sealed.is_some() {
+            return Variant::Sealed;
+        }
         let items = u64::from(self.num_seqs) * u64::from(shape.num_kv_heads);
         Variant::of(self.max_q_len, self.group(), shape.head_dim).for_items(items, shape, device)
     }
@@ -418,6 +513,9 @@ impl AttentionArgs {
                 "multiples of num_kv_heads, at least one of each",
             ));
         }
+        if self.sealed.is_some() {
+            self.check_sealed_shape()?;
+        }
         // Kernels count packed query rows of a sequence in 32 bits.
         let most = i32::MAX as u32 / self.num_qo_heads;
         if self.num_tokens > most {
@@ -436,11 +534,37 @@ impl AttentionArgs {
         Ok(())
     }
 
+    /// Checks that there is a kernel that reads sealed blocks for these queries.
+    fn check_sealed_shape(&self) -> Result<()> {
+        let rows = u64::from(self.max_q_len.max(1)) * u64::from(self.group());
+        if rows > SEALED_ROWS {
+            return Err(Error::unsupported(
+                OP,
+                "query rows per KV head (new tokens times query heads) with sealed blocks",
+                rows,
+                format!("up to {SEALED_ROWS}; decode the blocks first for more"),
+            ));
+        }
+        let head_dim = self.kv.shape.head_dim;
+        if !SEALED_HEAD_DIMS.contains(&head_dim) {
+            return Err(Error::unsupported(OP, "head_dim of sealed blocks", head_dim, "64, 128"));
+        }
+        if self.kv.shape.dtype != self.dtype {
+            let kv = self.kv.shape.dtype.name();
+            let supported = format!("{}, that of the queries", self.dtype.name());
+            return Err(Error::unsupported(OP, "KV dtype beside sealed blocks", kv, supported));
+        }
+        Ok(())
+    }
+
     /// Checks everything the host can see, but for the workspace.
     fn check(&self) -> Result<()> {
         self.check_shape()?;
         let shape = &self.kv.shape;
         self.kv.check(OP)?;
+        if let Some(sealed) = &self.sealed {
+            sealed.check(&self.kv)?;
+        }
         self.windows.check(OP, self.layer)?;
         for (name, span, strides) in
             [("q", &self.q, &self.q_strides), ("out", &self.out, &self.out_strides)]
@@ -510,6 +634,8 @@ impl AttentionArgs {
         let strides = &self.kv.strides;
         let scales = self.kv.scales;
         let scale_strides = scales.map_or(KvStrides::NONE, |scales| scales.strides);
+        let places = self.sealed.and_then(|s| s.codec.layer_places(&s.geometry, s.layer).ok());
+        let place = |of: fn(&LayerPlaces) -> u64| places.as_ref().map_or(0, of) as i32;
         hkv_attention_params {
             q: self.q.address as *const _,
             out: self.out.address as *mut _,
@@ -530,6 +656,12 @@ impl AttentionArgs {
             arrivals: plan.map_or(0, |plan| plan.arrivals()) as *mut _,
             partial_out: partial_out as *mut _,
             partial_lse: partial_lse as *mut _,
+            sealed: address(self.sealed.map(|sealed| sealed.slots)) as *const _,
+            sealed_stride: self.sealed.map_or(0, |sealed| sealed.slot_stride as i64),
+            sealed_key_groups: place(|places| places.key_groups),
+            sealed_value_groups: place(|places| places.value_groups),
+            sealed_keys: place(|places| places.keys),
+            sealed_values: place(|places| places.values),
             q_stride_token: self.q_strides.token,
             q_stride_head: self.q_strides.head,
             out_stride_token: self.out_strides.token,

@@ -7,7 +7,7 @@
 //! functions below do the validation, for hosts that have the tables at hand anyway.
 
 use super::plan::{Plan, check_work_list};
-use super::{AppendArgs, AttentionArgs, CodecArgs, Kernels, MoveArgs, MoveShape};
+use super::{AppendArgs, AttentionArgs, CodecArgs, Kernels, MoveArgs, MoveShape, SEALED_BLOCK};
 use crate::abi::{self, hkv_copy, hkv_part, hkv_slot_block, hkv_window};
 use crate::device::{Span, StreamRef};
 use crate::error::{Error, Result};
@@ -206,6 +206,14 @@ pub fn check_attention_tables(tables: &AttentionTables<'_>, args: &AttentionArgs
                         index + 1
                     ));
                 }
+                Some(&id) if id >= SEALED_BLOCK => {
+                    check_sealed(args, id & !SEALED_BLOCK).map_err(|what| {
+                        Error::invalid(
+                            "attention",
+                            format!("block {block} of sequence {seq} {what}"),
+                        )
+                    })?;
+                }
                 Some(&id) if id < 0 || id as u64 >= args.kv.num_blocks => {
                     return wrong(format!(
                         "block {block} of sequence {seq} has id {id}, outside of the pool of {} blocks",
@@ -217,6 +225,17 @@ pub fn check_attention_tables(tables: &AttentionTables<'_>, args: &AttentionArgs
         }
     }
     Ok(())
+}
+
+/// Says what is wrong with a slot that a block table names.
+fn check_sealed(args: &AttentionArgs, slot: i32) -> Result<(), String> {
+    match &args.sealed {
+        None => Err(format!("is sealed (slot {slot}), and no sealed blocks are given")),
+        Some(sealed) if slot as u64 >= sealed.num_slots => {
+            Err(format!("is slot {slot} of {} sealed blocks", sealed.num_slots))
+        }
+        Some(_) => Ok(()),
+    }
 }
 
 /// Validates a copy table: sizes and addresses multiples of 16, destinations overlapping neither each other
@@ -556,6 +575,7 @@ pub(super) mod tests {
                 num_layer_slots: 1,
                 scales: None,
             },
+            sealed: None,
             qo_indptr: none,
             kv_len: none,
             tables: BlockTables {

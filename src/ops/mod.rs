@@ -21,7 +21,7 @@ pub mod synthetic;
 use std::fmt;
 
 pub use append::AppendArgs;
-pub use attention::{AttentionArgs, BlockTables, WindowTable};
+pub use attention::{AttentionArgs, BlockTables, SEALED_BLOCK, SealedView, WindowTable};
 pub use checks::{
     AttentionTables, check_attention_tables, check_copies, check_slot_blocks, check_slots,
     check_window,

@@ -16,6 +16,8 @@ pub(super) enum Variant {
     Decode8Narrow,
     /// As [`Decode8`](Self::Decode8), for at most 16 of less than 256 dimensions.
     Decode16,
+    /// `attention_decode_sealed.cu`, for at most 8 query rows per KV head.
+    Sealed,
     /// `attention_prefill.cu`.
     Prefill,
 }
@@ -55,6 +57,7 @@ impl Variant {
     pub(super) fn shared_bytes(self) -> u32 {
         match self {
             Self::Decode8Narrow => abi::HKV_DECODE_NARROW_SHARED_BYTES,
+            Self::Sealed => abi::HKV_SEALED_SHARED_BYTES,
             _ => abi::HKV_DECODE_SHARED_BYTES,
         }
     }

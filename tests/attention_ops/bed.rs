@@ -188,6 +188,7 @@ pub fn load(batch: &Batch, kernels: &Kernels, bounds: Option<(u32, u32)>) -> Loa
         lse: Some(lse.span()),
         kv: KvView::block_first(span(0), shape, BLOCK as u32, 1, num_blocks as u64, pool_stride)
             .unwrap(),
+        sealed: None,
         qo_indptr: span(2),
         kv_len: span(3),
         tables: BlockTables {

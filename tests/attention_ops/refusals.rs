@@ -2,9 +2,12 @@
 
 use hybridkv::ErrorKind;
 use hybridkv::abi::{HKV_LAYER_SLIDING, hkv_window};
+use hybridkv::codec::{Codec, Geometry};
 use hybridkv::device::{Device, Span};
 use hybridkv::layout::{Dtype, KvScales, KvStrides};
-use hybridkv::ops::{AttentionArgs, HeadStrides, Kernels, MergeArgs, Plan, PlanArgs};
+use hybridkv::ops::{
+    AttentionArgs, HeadStrides, Kernels, MergeArgs, Plan, PlanArgs, SEALED_BLOCK, SealedView,
+};
 
 use super::bed::{Planned, all_kernels, example, load};
 
@@ -94,6 +97,72 @@ fn attention_refuses_what_the_host_can_see() {
     }
     let untouched = loaded.out.download::<u16>().unwrap();
     assert!(untouched.iter().all(|&x| x == u16::MAX), "refused launches write nothing");
+}
+
+#[test]
+fn attention_refuses_sealed_blocks_that_no_kernel_reads() {
+    let kernels = Kernels::load(&Device::cpu()).unwrap();
+    let stream = kernels.device().stream().unwrap();
+    let loaded = load(&example(), &kernels, None);
+    let geometry = |heads, dim, block| Geometry::new(1, heads, dim, block, Dtype::Bf16).unwrap();
+    let right = geometry(2, 64, 16);
+    let stride = Codec::Int8.slot_bytes(&right).unwrap() as u64;
+    let slots = kernels.device().upload(&vec![0xffu8; 3 * stride as usize]).unwrap();
+    let view = SealedView {
+        slots: slots.span(),
+        num_slots: 3,
+        slot_stride: stride,
+        codec: Codec::Int8,
+        geometry: right,
+        layer: 0,
+    };
+    let sealed = AttentionArgs { sealed: Some(view), ..loaded.args };
+    // SAFETY: the buffers live until the stream is synchronised; no table names a sealed block.
+    unsafe { kernels.attention(&sealed, stream.as_ref()).unwrap() };
+    stream.as_ref().synchronize().unwrap();
+    type Change = fn(&mut AttentionArgs, &mut SealedView);
+    let faults: [(&str, Change); 11] = [
+        ("codec of attended blocks int6", |_, view| view.codec = Codec::Int6),
+        ("layer 1 of a slot", |_, view| view.layer = 1),
+        ("blocks of other shapes", |_, view| {
+            view.geometry = Geometry::new(1, 1, 64, 16, Dtype::Bf16).unwrap();
+        }),
+        ("blocks of other shapes", |_, view| {
+            view.geometry = Geometry::new(1, 2, 64, 16, Dtype::F16).unwrap();
+        }),
+        ("num_slots", |_, view| view.num_slots = 1 << 31),
+        ("the sealed blocks has", |_, view| view.num_slots = 4),
+        ("the sealed blocks is null", |_, view| view.slots = Span::default()),
+        ("a multiple of 16", |_, view| view.slot_stride += 8),
+        ("or more, is needed", |_, view| view.slot_stride -= 16),
+        (
+            "query rows per KV head (new tokens times query heads) with sealed blocks 10",
+            |args, _| {
+                args.max_q_len = 5;
+            },
+        ),
+        ("head_dim of sealed blocks 256", |args, _| args.kv.shape.head_dim = 256),
+    ];
+    for (words, change) in faults {
+        let (mut args, mut view) = (loaded.args, view);
+        change(&mut args, &mut view);
+        args.sealed = Some(view);
+        // SAFETY: nothing is launched with wrong arguments.
+        let error = unsafe { kernels.attention(&args, stream.as_ref()) }.expect_err(words);
+        assert!(error.to_string().contains(words), "{words:?} is not in {error}");
+    }
+    // What ids name is found in checking mode.
+    let kernels = kernels.checked();
+    for (words, id, sealed) in
+        [("is slot 3 of 3 sealed blocks", 3, Some(view)), ("no sealed blocks are given", 0, None)]
+    {
+        let ids = kernels.device().upload(&[id | SEALED_BLOCK; 22]).unwrap();
+        let mut args = AttentionArgs { sealed, ..loaded.args };
+        args.tables.block_ids = ids.span();
+        // SAFETY: in checking mode wrong tables are not launched.
+        let error = unsafe { kernels.attention(&args, stream.as_ref()) }.expect_err(words);
+        assert!(error.to_string().contains(words), "{words:?} is not in {error}");
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::{add_words, load, optional, store};
 use crate::abi;
+use crate::codec::Int;
 use crate::layout::Dtype;
 use crate::reference::{self, Logits};
 use crate::spec::AttentionKind;
@@ -16,20 +17,32 @@ use crate::spec::AttentionKind;
 /// Query-key pairs, times head_dim, below which starting threads costs more than it saves.
 const PARALLEL_WORK: usize = 1 << 20;
 
+/// The bit of a block id that says that it names a slot of sealed blocks.
+const SEALED: i64 = abi::HKV_SEALED_BLOCK as i64;
+/// Bytes of a zero and a step.
+const GROUP_BYTES: usize = 4;
+
+/// What keys and values are.
+#[derive(Clone, Copy)]
+pub(crate) struct KvFormat {
+    /// Type of their elements in blocks that are not sealed.
+    pub dtype: Dtype,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// The integers of sealed blocks.
+    pub sealed: Option<&'static Int>,
+}
+
 /// Attention of a batch over one layer; partial states when `num_splits` is more than 1. Who does what on a
 /// GPU, the work list of a decode, is all the same here.
 ///
 /// # Safety
 /// Every address in `p` is valid for what abi/params.h says that the kernel reads or writes there, with
-/// queries and outputs of `dtype`, keys and values of `kv_dtype` and heads of `head_dim` elements.
-pub(crate) unsafe fn attention(
-    p: &abi::hkv_attention_params,
-    dtype: Dtype,
-    kv_dtype: Dtype,
-    head_dim: usize,
-) {
+/// queries and outputs of `dtype`, keys and values as `kv` says.
+pub(crate) unsafe fn attention(p: &abi::hkv_attention_params, dtype: Dtype, kv: KvFormat) {
     // SAFETY: the caller vouches for every address in `p`; the offsets follow abi/params.h.
-    let batch = unsafe { Batch::new(p, dtype, kv_dtype, head_dim) };
+    let batch = unsafe { Batch::new(p, dtype, kv) };
+    let head_dim = kv.head_dim;
     let items = batch.sequences.len() * p.num_kv_heads as usize;
     let work: usize = batch.sequences.iter().map(|s| s.kv_len.max(0) as usize * s.q_len()).sum();
     let work = work.saturating_mul(p.num_qo_heads as usize).saturating_mul(head_dim);
@@ -66,7 +79,8 @@ pub(crate) unsafe fn read_blocks(
     let words = head_dim * kv_dtype.bytes() / 4;
     // SAFETY: the caller vouches for every address in `p`; the offsets follow abi/params.h.
     unsafe {
-        let batch = Batch::new(&p.attention, kv_dtype, kv_dtype, head_dim);
+        let kv = KvFormat { dtype: kv_dtype, head_dim, sealed: None };
+        let batch = Batch::new(&p.attention, kv_dtype, kv);
         for sequence in batch.sequences.iter().filter(|sequence| sequence.q_len() > 0) {
             for position in batch.needed(sequence) {
                 let place = batch.place(sequence, position);
@@ -105,8 +119,7 @@ impl Sequence {
 struct Batch<'a> {
     p: &'a abi::hkv_attention_params,
     dtype: Dtype,
-    kv_dtype: Dtype,
-    head_dim: usize,
+    kv: KvFormat,
     kind: AttentionKind,
     sink_tokens: u32,
     layer_slot: i64,
@@ -119,12 +132,7 @@ unsafe impl Sync for Batch<'_> {}
 impl<'a> Batch<'a> {
     /// # Safety
     /// As for [`attention`].
-    unsafe fn new(
-        p: &'a abi::hkv_attention_params,
-        dtype: Dtype,
-        kv_dtype: Dtype,
-        head_dim: usize,
-    ) -> Self {
+    unsafe fn new(p: &'a abi::hkv_attention_params, dtype: Dtype, kv: KvFormat) -> Self {
         // SAFETY: the caller vouches for every address in `p`; the offsets follow abi/params.h.
         unsafe {
             let window = &*p.windows.offset(p.layer as isize);
@@ -152,7 +160,7 @@ impl<'a> Batch<'a> {
             };
             let sink_tokens = window.sink_tokens as u32;
             let layer_slot = window.layer_slot.into();
-            Self { p, dtype, kv_dtype, head_dim, kind, sink_tokens, layer_slot, sequences }
+            Self { p, dtype, kv, kind, sink_tokens, layer_slot, sequences }
         }
     }
 
@@ -180,7 +188,7 @@ impl<'a> Batch<'a> {
         }
         let first_query = sequence.position(sequence.first_token);
         let positions: Vec<i64> = self.needed(sequence).collect();
-        let dim = self.head_dim;
+        let dim = self.kv.head_dim;
         let mut keys = vec![0.0; positions.len() * dim];
         let mut values = vec![0.0; positions.len() * dim];
         for (index, &position) in positions.iter().enumerate() {
@@ -188,9 +196,13 @@ impl<'a> Batch<'a> {
             // SAFETY: the caller vouches for the table and for the blocks that it lists.
             unsafe {
                 let place = self.place(sequence, position);
+                if let (Some(int), true) = (self.kv.sealed, place.0 & SEALED != 0) {
+                    self.load_sealed(int, place, kv_head, &mut keys[row.clone()], &mut values[row]);
+                    continue;
+                }
                 let at = self.address(place, kv_head);
-                load(p.k.cast(), self.kv_dtype, at, &mut keys[row.clone()]);
-                load(p.v.cast(), self.kv_dtype, at, &mut values[row.clone()]);
+                load(p.k.cast(), self.kv.dtype, at, &mut keys[row.clone()]);
+                load(p.v.cast(), self.kv.dtype, at, &mut values[row.clone()]);
                 let at = self.scale_address(place, kv_head);
                 for (rows, scales) in [(&mut keys, p.k_scale), (&mut values, p.v_scale)] {
                     if let Some(scale) = optional(scales, at) {
@@ -221,6 +233,40 @@ impl<'a> Batch<'a> {
                 }
             }
         }
+    }
+
+    /// Reads a key and its value out of a sealed block.
+    ///
+    /// # Safety
+    /// As for [`attention`]; the id of `place` is that of a sealed block.
+    unsafe fn load_sealed(
+        &self,
+        int: &Int,
+        (id, offset): (i64, i64),
+        kv_head: i64,
+        key: &mut [f64],
+        value: &mut [f64],
+    ) {
+        let p = self.p;
+        let (head, token, block_tokens) = (kv_head as usize, offset as usize, 1 << p.block_shift);
+        let row_bytes = key.len() * int.bits() as usize / 8;
+        let key_group = key.len() * GROUP_BYTES;
+        let groups = Int::key_group(block_tokens - 1) + 1;
+        let key_groups = (head * groups + Int::key_group(token)) * key_group;
+        let row = head * block_tokens + token;
+        let slot = (id & !SEALED) as isize * p.sealed_stride as isize;
+        let part = |first: i32, at: usize, bytes: usize| {
+            // SAFETY: a slot has these parts where the parameters say (abi/params.h).
+            unsafe {
+                let part = p.sealed.cast::<u8>().offset(slot + first as isize + at as isize);
+                std::slice::from_raw_parts(part, bytes)
+            }
+        };
+        let codes = |first| part(first, row * row_bytes, row_bytes);
+        let groups = part(p.sealed_key_groups, key_groups, key_group);
+        int.read_row(self.kv.dtype, groups, codes(p.sealed_keys), key);
+        let groups = part(p.sealed_value_groups, row * GROUP_BYTES, GROUP_BYTES);
+        int.read_row(self.kv.dtype, groups, codes(p.sealed_values), value);
     }
 
     /// The id of the block of a key, and the key's offset in it.
@@ -273,7 +319,7 @@ impl<'a> Batch<'a> {
         visible: &[usize],
     ) {
         let p = self.p;
-        let dim = self.head_dim as i64;
+        let dim = self.kv.head_dim as i64;
         let row = token * i64::from(p.num_qo_heads) + head;
         let mut logits =
             Logits { sm_scale: p.sm_scale.into(), soft_cap: p.logits_soft_cap.into(), sink: None };
@@ -379,6 +425,12 @@ mod tests {
                 arrivals: std::ptr::null_mut(),
                 partial_out: partial_out.as_mut_ptr(),
                 partial_lse: partial_lse.as_mut_ptr(),
+                sealed: std::ptr::null(),
+                sealed_stride: 0,
+                sealed_key_groups: 0,
+                sealed_value_groups: 0,
+                sealed_keys: 0,
+                sealed_values: 0,
                 q_stride_token: i64::from(heads) * DIM as i64,
                 q_stride_head: DIM as i64,
                 out_stride_token: i64::from(heads) * DIM as i64,
@@ -420,7 +472,8 @@ mod tests {
             };
             // SAFETY: all arrays are live and of the sizes that the parameters say.
             unsafe {
-                super::attention(&attention, Dtype::Bf16, Dtype::Bf16, DIM);
+                let kv = KvFormat { dtype: Dtype::Bf16, head_dim: DIM, sealed: None };
+                super::attention(&attention, Dtype::Bf16, kv);
                 if num_splits > 1 {
                     merge_states(&merge);
                 }

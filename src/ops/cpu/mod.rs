@@ -2,7 +2,7 @@
 
 mod attention;
 
-pub(crate) use attention::{attention, read_blocks};
+pub(crate) use attention::{KvFormat, attention, read_blocks};
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};

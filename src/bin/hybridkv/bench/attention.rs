@@ -159,6 +159,7 @@ impl<'a> Attention<'a> {
                 lse: None,
                 dtype: Dtype::Bf16,
                 kv,
+                sealed: None,
                 qo_indptr,
                 kv_len,
                 tables: BlockTables {

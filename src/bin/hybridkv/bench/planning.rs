@@ -51,6 +51,7 @@ impl<'a> Planning<'a> {
                     num_layer_slots: 1,
                     scales: None,
                 },
+                sealed: None,
                 qo_indptr,
                 kv_len,
                 tables: BlockTables {

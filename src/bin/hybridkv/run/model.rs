@@ -264,6 +264,7 @@ impl Model {
             dtype: self.dtype,
             lse: None,
             kv: self.views[group],
+            sealed: None,
             qo_indptr: batch.qo_indptr,
             kv_len: batch.kv_len,
             tables: batch.tables,

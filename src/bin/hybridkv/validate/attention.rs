@@ -8,13 +8,16 @@ use hybridkv::device::cuda::Graph;
 use hybridkv::device::{DeviceBuffer, Span, StreamRef};
 use hybridkv::error::Result;
 use hybridkv::layout::{KvScales, KvShape, KvView};
-use hybridkv::ops::{self, AttentionArgs, BlockTables, PlanArgs, WindowTable};
+use hybridkv::ops::{self, AttentionArgs, BlockTables, PlanArgs, SealedView, WindowTable};
 use hybridkv::reference;
 use hybridkv::spec::AttentionKind;
 
-use super::bed::{Bed, Fault, GUARD, Outcome, POISON, POISON_F32, decode, floor, stray, tolerance};
+use super::bed::{
+    Bed, Fault, GUARD, LSE_TOLERANCE, Outcome, POISON, POISON_F32, decode, floor, stray, tolerance,
+};
 use super::case::{Case, Planned};
 use super::problem::{Common, GROUPS, Problem, row_index, tensor_elements};
+use super::sealed;
 use crate::random::Rng;
 
 /// Multiplications that the reference spends on one batch; above that, rows are sampled.
@@ -23,8 +26,9 @@ const REFERENCE_WORK: usize = 200_000_000;
 /// Runs a case.
 pub fn run(bed: &Bed, case: &Case, rng: &mut Rng) -> Result<Outcome> {
     let common = Common::new(case, rng);
-    let problems: Vec<Problem> =
-        case.batches.iter().map(|batch| Problem::new(case, &common, batch, rng)).collect();
+    let problems: Vec<Problem> = (case.batches.iter())
+        .map(|batch| Problem::new(case, &common, batch, rng))
+        .collect::<Result<_>>()?;
     let buffers = Buffers::new(bed, case, &common, &problems)?;
     let args = buffers.args(case, &common, &problems);
     let mut outcome = Outcome::default();
@@ -91,6 +95,7 @@ fn plan_args(classes: &[AttentionArgs], planned: Planned, memory: Span) -> PlanA
 struct Buffers {
     q: DeviceBuffer,
     pool: DeviceBuffer,
+    sealed: DeviceBuffer,
     scales: [DeviceBuffer; 2],
     tree_mask: DeviceBuffer,
     out: DeviceBuffer,
@@ -121,6 +126,7 @@ impl Buffers {
         let mut buffers = Self {
             q: bed.room::<u16>(tensor_elements(case, common.q_strides, tokens))?,
             pool: bed.room::<u8>(common.pool.elements * case.kv_dtype().bytes())?,
+            sealed: bed.room::<u8>(most(&|p| p.sealed.as_ref().map_or(0, |s| s.slots.len())))?,
             scales: [bed.room::<f32>(common.scales.1)?, bed.room::<f32>(common.scales.1)?],
             tree_mask: bed.room::<u32>(tokens)?,
             out: bed.room::<u16>(out)?,
@@ -223,6 +229,7 @@ impl Buffers {
                     strides: common.scales.0,
                 }),
             },
+            sealed: self.sealed(common, problems),
             qo_indptr: self.qo_indptr.span(),
             kv_len: self.kv_len.span(),
             tables: BlockTables {
@@ -248,6 +255,18 @@ impl Buffers {
             logits_soft_cap: case.soft_cap,
             workspace: self.workspace.span(),
         }
+    }
+
+    fn sealed(&self, common: &Common, problems: &[Problem]) -> Option<SealedView> {
+        let sealed = problems.first()?.sealed.as_ref()?;
+        Some(SealedView {
+            slots: self.sealed.span(),
+            num_slots: (self.sealed.len() / sealed.slot_bytes) as u64,
+            slot_stride: sealed.slot_bytes as u64,
+            codec: sealed.codec,
+            geometry: sealed.geometry,
+            layer: common.layer_slot as u32,
+        })
     }
 
     /// Writes the batch's arrays, and the pattern that an output must replace.
@@ -296,6 +315,9 @@ impl Buffers {
         }
         bed.write(&self.windows, &windows)?;
         bed.write(&self.pool, &pool)?;
+        if let Some(sealed) = &problem.sealed {
+            bed.write(&self.sealed, &sealed.slots)?;
+        }
         for (buffer, scales) in self.scales.iter().zip(&problem.scales) {
             bed.write(buffer, scales)?;
         }
@@ -352,6 +374,10 @@ impl Buffers {
             ));
         }
 
+        let (allowed, lse_allowed) = match case.sealed {
+            Some(_) => (sealed::tolerance(case.dtype), sealed::LSE_TOLERANCE),
+            None => (tolerance(case.dtype), LSE_TOLERANCE),
+        };
         let tasks = self.sample(case, problem, rng);
         let states = in_parallel(&tasks, |(seq, head, rows)| {
             problem.reference(case, common, *seq, *head, rows)
@@ -365,12 +391,12 @@ impl Buffers {
                 if case.lse {
                     let ours = f32::from_bits(lse[lse_at(token, head)]);
                     let row = format_args!("token {token}, head {head}");
-                    outcome.judge_lse(row, ours, state.lse);
+                    outcome.judge_lse(row, ours, state.lse, lse_allowed);
                 }
             }
         }
         let comparison = reference::compare(&ours, &theirs, case.head_dim, floor(case.dtype));
-        outcome.judge("out", &comparison, &tolerance(case.dtype));
+        outcome.judge("out", &comparison, &allowed);
         Ok(())
     }
 

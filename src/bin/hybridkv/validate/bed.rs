@@ -75,12 +75,18 @@ impl Outcome {
     }
 
     /// Notes the error of the LSE of a row and whether it is within the tolerance.
-    pub fn judge_lse(&mut self, row: impl std::fmt::Display, ours: f32, reference: f64) {
+    pub fn judge_lse(
+        &mut self,
+        row: impl std::fmt::Display,
+        ours: f32,
+        reference: f64,
+        allowed: f64,
+    ) {
         let ours = f64::from(ours);
         let error = if ours == reference { 0.0 } else { (ours - reference).abs() };
         let error = if error.is_nan() { f64::INFINITY } else { error };
         self.note("lse", error);
-        if error > LSE_TOLERANCE {
+        if error > allowed {
             self.fail(format!("LSE of {row} is {ours}, not {reference}"));
         }
     }
@@ -120,7 +126,7 @@ pub fn floor(dtype: Dtype) -> f64 {
 }
 
 /// Largest error of an LSE.
-const LSE_TOLERANCE: f64 = 1e-3;
+pub const LSE_TOLERANCE: f64 = 1e-3;
 
 /// A NaN in bf16, f16 and, doubled, in f32: what is neither written nor visible.
 pub const POISON: u16 = 0xffa5;

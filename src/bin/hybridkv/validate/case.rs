@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use hybridkv::codec::Codec;
 use hybridkv::layout::{Dtype, KvStrides};
 use hybridkv::reference;
 use hybridkv::spec::AttentionKind;
@@ -176,6 +177,8 @@ pub struct Case {
     pub dtype: Dtype,
     /// Scales of e4m3 keys and values; `None`: they are of `dtype`.
     pub scales: Option<Scales>,
+    /// How some of the blocks are sealed, if they are.
+    pub sealed: Option<Codec>,
     /// Exponent of 2 that multiplies the queries, and divides the scale of the logits.
     pub query_exponent: i32,
     /// Whether new tokens see each other by a random tree mask.
@@ -255,6 +258,7 @@ impl Case {
                 Some(Scales::Head),
                 Some(Scales::Token),
             ]),
+            sealed: None,
             query_exponent: 0,
             tree: false,
             head_dim,
@@ -291,6 +295,9 @@ impl Case {
             // Beyond what f16 holds, in which products with e4m3 are made.
             case.query_exponent = rng.pick(&[0, 0, 0, 0, 100, -70]);
         }
+        if rng.chance(20) {
+            case.seal(rng);
+        }
         let sequences = rng.pick(&[1, 1, 1, 2, 2, 3, 3, 5, 5, 9, 9, 160]);
         let batches = if scale.graphs && rng.chance(25) { 3 } else { 1 };
         // Most new tokens of a sequence: decode, speculation, or a chunk of a prefill.
@@ -300,11 +307,21 @@ impl Case {
             7..=8 => rng.range(9, 100),
             _ => rng.range(101, scale.q_len.max(101)),
         }
-        .min(scale.q_len);
+        .min(scale.q_len)
+        .min(if case.sealed.is_some() { (8 / case.group) as u64 } else { u64::MAX });
         case.tree = (2..=MAX_TREE_TOKENS).contains(&most_new) && rng.chance(40);
         case.batches =
             (0..batches).map(|_| case.draw_batch(rng, scale, sequences, most_new)).collect();
         case
+    }
+
+    /// Makes it a case that has sealed blocks.
+    fn seal(&mut self, rng: &mut Rng) {
+        self.sealed = Some(rng.pick(&[Codec::Int8, Codec::Int4]));
+        self.scales = None;
+        self.head_dim = self.head_dim.min(128);
+        self.block_size = self.block_size.max(16);
+        self.group = self.group.min(8);
     }
 
     /// Draws the sequences of one batch, within what the scale allows.
@@ -401,7 +418,11 @@ impl Case {
         let rows = self.batches.iter().flatten().map(|seq| seq.q_len).max().unwrap_or(0);
         let most = if self.head_dim < 256 { 16 } else { 8 };
         let what = if rows * self.group <= most { "decode" } else { "prefill" };
-        let kv = if self.scales.is_some() { "/e4m3" } else { "" };
+        let kv = match (self.scales, self.sealed) {
+            (Some(_), _) => "/e4m3".to_owned(),
+            (None, Some(codec)) => format!("+{codec}"),
+            (None, None) => String::new(),
+        };
         format!("{what} {}{kv} d{} {kind}", self.dtype.name(), self.head_dim)
     }
 }

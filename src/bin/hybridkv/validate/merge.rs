@@ -7,7 +7,8 @@ use hybridkv::ops::{HeadStrides, MergeArgs};
 use hybridkv::reference::{self, State};
 
 use super::bed::{
-    Bed, Fault, GUARD, Outcome, POISON, POISON_F32, decode, encode, floor, stray, tolerance,
+    Bed, Fault, GUARD, LSE_TOLERANCE, Outcome, POISON, POISON_F32, decode, encode, floor, stray,
+    tolerance,
 };
 use crate::random::Rng;
 
@@ -185,7 +186,7 @@ impl Case {
             theirs.extend(&state.out);
             if self.lse {
                 let ours = f32::from_bits(after_lse[GUARD + row]);
-                outcome.judge_lse(format_args!("row {row}"), ours, state.lse);
+                outcome.judge_lse(format_args!("row {row}"), ours, state.lse, LSE_TOLERANCE);
             }
         }
         let comparison = reference::compare(&ours, &theirs, dim, floor(self.out_dtype));

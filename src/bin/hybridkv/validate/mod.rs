@@ -11,6 +11,7 @@ mod large;
 mod merge;
 mod movement;
 mod problem;
+mod sealed;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -2,13 +2,15 @@
 
 use hybridkv::abi::{self, hkv_window};
 use hybridkv::e4m3;
+use hybridkv::error::Result;
 use hybridkv::layout::KvStrides;
-use hybridkv::ops::HeadStrides;
+use hybridkv::ops::{HeadStrides, SEALED_BLOCK};
 use hybridkv::reference::{self, Logits, State};
 use hybridkv::spec::AttentionKind;
 
 use super::bed::{Elements, POISON, decode, encode};
 use super::case::{Case, Data, PoolShape, Scales, Seq};
+use super::sealed::Sealed;
 use crate::random::Rng;
 
 /// Groups in every table: that of the layer, and others with nothing but garbage.
@@ -117,6 +119,7 @@ pub(super) struct Problem {
     pub(super) needed: Vec<Vec<bool>>,
     /// Per sequence and block index, the id in the pool; `None` where no token is visible.
     pub(super) blocks: Vec<Vec<Option<usize>>>,
+    pub(super) sealed: Option<Sealed>,
     pub(super) q: Vec<u16>,
     pub(super) pool: Elements,
     /// Of K and of V; those of tokens NaN where the token is not visible.
@@ -131,7 +134,7 @@ pub(super) struct Problem {
 }
 
 impl Problem {
-    pub(super) fn new(case: &Case, common: &Common, seqs: &[Seq], rng: &mut Rng) -> Self {
+    pub(super) fn new(case: &Case, common: &Common, seqs: &[Seq], rng: &mut Rng) -> Result<Self> {
         let needed: Vec<Vec<bool>> = seqs.iter().map(|&seq| case.needed(seq)).collect();
         let mut free: Vec<usize> = (0..common.blocks).collect();
         rng.shuffle(&mut free);
@@ -147,6 +150,7 @@ impl Problem {
             qo_indptr.push(qo_indptr[qo_indptr.len() - 1] + seq.q_len as i32);
         }
         let mut problem = Self {
+            sealed: Sealed::draw(case, seqs, &blocks, rng)?,
             q: Vec::new(),
             pool: Elements::poisoned(case.kv_dtype(), common.pool.elements),
             scales: [0, 1].map(|_| match case.scales {
@@ -171,7 +175,36 @@ impl Problem {
                 problem.fill_kv(case, common, rng, seq, head);
             }
         }
-        problem
+        problem.seal(case, common)?;
+        Ok(problem)
+    }
+
+    /// The slot of the block of a token that is sealed.
+    fn slot(&self, case: &Case, seq: usize, token: usize) -> Option<usize> {
+        self.sealed.as_ref()?.slot(seq, token / case.block_size)
+    }
+
+    /// Moves the sealed blocks out of the pool, where nothing is left of them. Their other layers are of zeros.
+    fn seal(&mut self, case: &Case, common: &Common) -> Result<()> {
+        let Some(sealed) = &mut self.sealed else { return Ok(()) };
+        for (seq, blocks) in self.blocks.iter().enumerate() {
+            for (index, &id) in blocks.iter().enumerate() {
+                let (Some(slot), Some(id)) = (sealed.slot(seq, index), id) else { continue };
+                let mut block = vec![0; sealed.geometry.elements()];
+                for (half, head, token) in halves_heads_tokens(case) {
+                    let row = (common.layer_slot * 2 + half) * case.kv_heads + head;
+                    let to = (row * case.block_size + token) * case.head_dim;
+                    let from = common.pool.index(id, common.layer_slot, head, token);
+                    for i in 0..case.head_dim {
+                        let at = from + half * common.pool.v_offset + i;
+                        block[to + i] = encode(case.dtype, self.pool.get(at) as f32);
+                        self.pool.poison(at);
+                    }
+                }
+                sealed.seal(slot, &block)?;
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn tokens(&self) -> usize {
@@ -215,7 +248,9 @@ impl Problem {
             let listed =
                 (0..sink_blocks.min(blocks.len())).chain(first.max(sink_blocks)..blocks.len());
             for block in listed {
-                let id = blocks[block].map(|id| id as i32);
+                let slot = self.sealed.as_ref().and_then(|sealed| sealed.slot(s, block));
+                let slot = slot.map(|slot| slot as i32 | SEALED_BLOCK);
+                let id = slot.or(blocks[block].map(|id| id as i32));
                 self.block_ids.push(id.unwrap_or_else(|| rng.pick(&GARBAGE_IDS)));
             }
         }
@@ -238,9 +273,9 @@ impl Problem {
     fn fill_kv(&mut self, case: &Case, common: &Common, rng: &mut Rng, seq: usize, head: usize) {
         let dim = case.head_dim;
         let constant: Vec<f32> = rng.normals(dim).collect();
-        for token in
-            (0..self.needed[seq].len()).filter(|&t| self.needed[seq][t]).collect::<Vec<_>>()
-        {
+        // A sealed block is whole, seen or not.
+        let filled = |&t: &usize| self.needed[seq][t] || self.slot(case, seq, t).is_some();
+        for token in (0..self.needed[seq].len()).filter(filled).collect::<Vec<_>>() {
             let at = self.key_index(case, common, seq, head, token);
             let mut key: Vec<f32> = match case.data {
                 Data::Equal => constant.clone(),
@@ -327,6 +362,14 @@ impl Problem {
         let mut keys = vec![f64::NAN; self.needed[seq].len() * dim];
         let mut values = keys.clone();
         for token in (0..self.needed[seq].len()).filter(|&token| self.needed[seq][token]) {
+            if let (Some(slot), Some(sealed)) = (self.slot(case, seq, token), &self.sealed) {
+                let token_of_block = token % case.block_size;
+                for (half, rows) in [&mut keys, &mut values].into_iter().enumerate() {
+                    let row = sealed.row(slot, common.layer_slot, half, head, token_of_block);
+                    rows[token * dim..][..dim].copy_from_slice(&row);
+                }
+                continue;
+            }
             let at = self.key_index(case, common, seq, head, token);
             let scale = self.scale_index(case, common, seq, head, token);
             let [k_scale, v_scale] =
@@ -357,6 +400,12 @@ impl Problem {
             })
             .collect()
     }
+}
+
+/// All (half, head, token) of a block.
+fn halves_heads_tokens(case: &Case) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
+    let (heads, tokens) = (case.kv_heads, case.block_size);
+    (0..2 * heads * tokens).map(move |n| (n / (heads * tokens), n / tokens % heads, n % tokens))
 }
 
 /// Element index of a row of q or out, guards not counted.

@@ -16,7 +16,9 @@ use hybridkv::reference::{self, Logits, State};
 use hybridkv::spec::AttentionKind::{Chunked, Full, Sliding};
 
 use super::super::attention::in_parallel;
-use super::super::bed::{Bed, Elements, Fault, Outcome, POISON, decode, encode, floor, tolerance};
+use super::super::bed::{
+    Bed, Elements, Fault, LSE_TOLERANCE, Outcome, POISON, decode, encode, floor, tolerance,
+};
 use super::super::case::{Data, Scales, Seq};
 use super::{Case, DIM, FAR_BLOCKS, FAR_STRIDE, K};
 use crate::random::Rng;
@@ -253,6 +255,7 @@ impl<'a> Problem<'a> {
                     strides: self.scale_strides,
                 }),
             },
+            sealed: None,
             qo_indptr: qo_indptr.span(),
             kv_len: kv_len.span(),
             tables: BlockTables {
@@ -333,7 +336,12 @@ impl<'a> Problem<'a> {
                 let row = token * case.heads.0 + head;
                 ours.extend(out[row * DIM..][..DIM].iter().map(|&x| decode(case.dtype, x)));
                 theirs.extend(&state.out);
-                outcome.judge_lse(format_args!("token {token}, head {head}"), lse[row], state.lse);
+                outcome.judge_lse(
+                    format_args!("token {token}, head {head}"),
+                    lse[row],
+                    state.lse,
+                    LSE_TOLERANCE,
+                );
             }
         }
         let comparison = reference::compare(&ours, &theirs, DIM, floor(case.dtype));
