@@ -15,6 +15,8 @@
 //! - `resources.txt`: what ptxas says of every kernel, held against a committed table by a test;
 //! - `warnings.txt`: what the compilers warned of; the same test wants it empty.
 //!
+//! `HYBRIDKV_CUDA_INCLUDE` tells tests where the toolkit's headers are.
+//!
 //! Each (file, architecture) is one job with a stamp made of its command line, the compiler's version
 //! and the contents of every file it read, so that only what changed is compiled again.
 
@@ -80,6 +82,9 @@ fn build() -> Result<()> {
         println!("cargo::rerun-if-changed={}", nvcc.path.display());
     }
 
+    if let Some(include) = nvcc.include() {
+        println!("cargo::rustc-env=HYBRIDKV_CUDA_INCLUDE={}", include.display());
+    }
     let archs = nvcc.archs()?;
     let sources = sources(Path::new("kernels"))?;
     let jobs: Vec<Job> = sources
@@ -97,6 +102,13 @@ fn build() -> Result<()> {
 }
 
 impl Nvcc {
+    /// The folder of the toolkit's headers, beside that of its programs.
+    fn include(&self) -> Option<PathBuf> {
+        let program = fs::canonicalize(&self.path).ok()?;
+        let include = program.parent()?.parent()?.join("include");
+        include.join("cuda.h").is_file().then_some(include)
+    }
+
     /// The architectures to build for.
     fn archs(&self) -> Result<Vec<String>> {
         let asked = var("HYBRIDKV_CUDA_ARCHS");
