@@ -1,7 +1,3 @@
 #![no_main]
 
-#[allow(dead_code, reason = "a target is one of many")]
-#[path = "../targets.rs"]
-mod targets;
-
-libfuzzer_sys::fuzz_target!(|data: &[u8]| targets::capture(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| hybridkv_fuzz::capture(data));

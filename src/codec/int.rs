@@ -108,7 +108,7 @@ impl Int {
         row.iter_mut().zip(values).for_each(|(x, value)| *x = value.into());
     }
 
-    /// Tokens of a block from the first of `token`'s group of K on are of one group.
+    /// The group of K that a token of a block belongs to.
     pub(crate) const fn key_group(token: usize) -> usize {
         token / GROUP_TOKENS
     }
